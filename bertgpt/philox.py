@@ -1,0 +1,125 @@
+"""The dropout bits: Philox-4x32-10 in plain torch integer arithmetic.
+
+Every backend, forward and backward, draws the same bits from the same counters, so a mask depends
+on (seed, position) alone and never on a tile size. `docs/dropout.md` is the written definition.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
+_ROUNDS = 10
+_GROUPS_AT_ONCE = 1 << 16  # counters in flight: six int64 temporaries of this many stay in cache
+
+_ROWS_STREAM, _ATTENTION_STREAM = 0, 1  # the counter's last word keeps the two kinds of mask apart
+
+
+def philox_words(
+    seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 of the counters (c0, c1, c2, c3) under the key (seed low, seed high).
+
+    Args:
+        seed: 64 bits: an int in -2^63 ... 2^64 - 1 or a 0-dim int64 tensor.
+        c0: int64, values in 0 ... 2^32 - 1; c0 to c3 broadcast against each other.
+        c1: see c0.
+        c2: see c0.
+        c3: see c0.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each holding 32 random bits.
+    """
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2^64, which keeps all 64 bits; c1 and c3 take a whole product,
+        # of which only the low half counts, so one mask after the xor does for both halves.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, ((p0 >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = p1, p0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1 & _MASK, c2, c3 & _MASK)
+    return c0, c1, c2, c3
+
+
+def keep_rows(
+    seed: int | Tensor,
+    rows: int | Tensor,
+    cols: int,
+    p: float,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which elements of a [rows, cols] matrix dropout keeps.
+
+    Args:
+        seed: 64 bits, as in `philox_words`.
+        rows: how many rows, counted from 0, or an int64 tensor [R] of row indices.
+        cols: how many columns, counted from 0.
+        p: probability of dropping, in [0, 1].
+        device: where the mask is made; by default where `rows` lies, else the CPU.
+
+    Returns:
+        bool [R, cols], True means keep.
+    """
+    rows_R = _indices(rows, device)
+    return _keep(seed, p, rows_R & _MASK, (rows_R >> 32) & _MASK, _ROWS_STREAM, cols)
+
+
+def keep_attention(
+    seed: int | Tensor,
+    p: float,
+    batch_heads: int | Tensor,
+    queries: int | Tensor,
+    keys: int,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which attention probabilities dropout keeps.
+
+    Args:
+        seed: 64 bits, as in `philox_words`.
+        p: probability of dropping, in [0, 1].
+        batch_heads: how many (batch, head) pairs, counted from 0, or an int64 tensor [BH] of
+            b * H + h.
+        queries: how many queries, counted from 0 inside their sequence, or an int64 tensor [L].
+        keys: how many keys, counted from 0 inside their sequence.
+        device: where the mask is made; by default where `batch_heads` or `queries` lies, else the
+            CPU.
+
+    Returns:
+        bool [BH, L, keys], True means keep.
+    """
+    if device is None:
+        device = next((t.device for t in (batch_heads, queries) if isinstance(t, Tensor)), None)
+    bh, query = _indices(batch_heads, device), _indices(queries, device)
+    c1, c2 = query.repeat(len(bh)), bh.repeat_interleave(len(query))
+    return _keep(seed, p, c1, c2, _ATTENTION_STREAM, keys).view(len(bh), len(query), keys)
+
+
+def _indices(count_or_indices: int | Tensor, device: torch.device | str | None) -> Tensor:
+    if isinstance(count_or_indices, Tensor):
+        return count_or_indices.to(device=device, dtype=torch.int64)
+    return torch.arange(count_or_indices, device=device)
+
+
+def _keep(
+    seed: int | Tensor, p: float, c1_R: Tensor, c2_R: Tensor, stream: int, cols: int
+) -> Tensor:
+    """bool [R, cols]: element (r, col) is word col % 4 of counter (col // 4, c1, c2, stream)."""
+    threshold = math.floor(p * 2**32)  # exact: a float64 times a power of two
+    groups = -(-cols // 4)
+    c0_1G = torch.arange(groups, device=c1_R.device)[None, :]
+    c3_11 = torch.full((1, 1), stream, device=c1_R.device)
+    keep_RC = torch.empty(len(c1_R), cols, dtype=torch.bool, device=c1_R.device)
+    step = max(1, _GROUPS_AT_ONCE // max(1, groups))
+    for start in range(0, len(c1_R), step):
+        part = slice(start, start + step)
+        words = philox_words(seed, c0_1G, c1_R[part, None], c2_R[part, None], c3_11)
+        keep_RG4 = torch.stack([word >= threshold for word in words], dim=-1)
+        keep_RC[part] = keep_RG4.flatten(1)[:, :cols]
+    return keep_RC
