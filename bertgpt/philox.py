@@ -14,7 +14,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 _ROUNDS = 10
-_GROUPS_AT_ONCE = 1 << 16  # counters in flight: six int64 temporaries of this many stay in cache
+_COUNTERS_AT_ONCE_CPU = 1 << 15  # half a dozen int64 temporaries of this many stay in cache
+_COUNTERS_AT_ONCE_GPU = 1 << 20  # few launches, and still only some 50 MB of temporaries
 
 _ROWS_STREAM, _ATTENTION_STREAM = 0, 1  # the counter's last word keeps the two kinds of mask apart
 
@@ -110,13 +111,14 @@ def _indices(count_or_indices: int | Tensor, device: torch.device | str | None) 
 def _keep(
     seed: int | Tensor, p: float, c1_R: Tensor, c2_R: Tensor, stream: int, cols: int
 ) -> Tensor:
-    """bool [R, cols]: element (r, col) is word col % 4 of counter (col // 4, c1, c2, stream)."""
+    """Keep mask, bool [R, cols]: element (r, col) is word col % 4 of (col // 4, c1, c2, stream)."""
     threshold = math.floor(p * 2**32)  # exact: a float64 times a power of two
     groups = -(-cols // 4)
     c0_1G = torch.arange(groups, device=c1_R.device)[None, :]
     c3_11 = torch.full((1, 1), stream, device=c1_R.device)
     keep_RC = torch.empty(len(c1_R), cols, dtype=torch.bool, device=c1_R.device)
-    step = max(1, _GROUPS_AT_ONCE // max(1, groups))
+    at_once = _COUNTERS_AT_ONCE_CPU if c1_R.device.type == "cpu" else _COUNTERS_AT_ONCE_GPU
+    step = max(1, at_once // max(1, groups))
     for start in range(0, len(c1_R), step):
         part = slice(start, start + step)
         words = philox_words(seed, c0_1G, c1_R[part, None], c2_R[part, None], c3_11)
