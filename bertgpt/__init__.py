@@ -1,0 +1,57 @@
+"""bertgpt: fused attention, GELU FFN and paged decoding kernels for BERT and GPT-2.
+
+Names are imported at their first use: `import bertgpt` needs neither triton, transformers nor a
+GPU.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+# An uninstalled checkout keeps the kernels beside this package: there, `bertgpt.kernels` is found
+# through the repository's root. (A top-level `kernels` must never exist, see docs/decisions.md.)
+if not (Path(__file__).parent / "kernels").exists():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
+
+_EXPORTS = {
+    "BackendUnavailable": "bertgpt.ops",
+    "strict": "bertgpt.ops",
+    "PackedBatch": "bertgpt.packing",
+    "pack": "bertgpt.packing",
+    "pad": "bertgpt.packing",
+    "unpad": "bertgpt.packing",
+    "BertConfig": "bertgpt.bert",
+    "BertModel": "bertgpt.bert",
+    "BertForMaskedLM": "bertgpt.bert",
+    "BertForNextSentencePrediction": "bertgpt.bert",
+    "BertForPreTraining": "bertgpt.bert",
+    "BertForSequenceClassification": "bertgpt.bert",
+    "BertForTokenClassification": "bertgpt.bert",
+    "BertForQuestionAnswering": "bertgpt.bert",
+    "BertForMultipleChoice": "bertgpt.bert",
+    "GPT2Config": "bertgpt.gpt",
+    "GPT2Model": "bertgpt.gpt",
+    "GPT2LMHeadModel": "bertgpt.gpt",
+    "GPT2ForSequenceClassification": "bertgpt.gpt",
+    "PagedKVCache": "bertgpt.kv_cache",
+    "OutOfPages": "bertgpt.kv_cache",
+}
+_MODULES = ("ops", "reference", "kernels")
+
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

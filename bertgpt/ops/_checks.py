@@ -1,0 +1,132 @@
+"""Checks shared by the ops: what a tensor must be, and what an index tensor may hold.
+
+Each raises TypeError, ValueError or IndexError with the argument's name, what it is and what it
+should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+
+def check_tensor(name: str, value: Any, rank: int | None = None) -> None:
+    """`value` is a floating tensor, of `rank` dimensions where that is given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, not {value.dtype}")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, not shape {tuple(value.shape)}")
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
+    """`value` has exactly `shape`, which the message calls `meaning`."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, not {tuple(value.shape)}")
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` has the dtype and device of `other`."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} is {value.dtype} but {other_name} is {other.dtype}; convert one")
+    check_device(name, value, other_name, other)
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` lies where `other` does."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} is on {value.device} but {other_name} is on {other.device}; move one"
+        )
+
+
+def check_index(name: str, value: Any, rank: int) -> None:
+    """`value` is an int32 or int64 tensor of `rank` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.dtype not in INDICES:
+        raise TypeError(f"{name} must be int32 or int64, not {value.dtype}")
+    if value.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, not shape {tuple(value.shape)}")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    """The values of `cu_seqlens` start at 0, never fall and end at `total`.
+
+    Returns:
+        The length of each sequence.
+    """
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} must start at 0, not {values[0]}")
+    lengths = [after - before for before, after in pairwise(values)]
+    for i, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(
+                f"{name} must not fall: entry {i} is {values[i]}, {i + 1} is {values[i + 1]}"
+            )
+    if values[-1] != total:
+        raise ValueError(f"{name} must end at {total}, the packed tokens' number, not {values[-1]}")
+    return lengths
+
+
+def check_range(name: str, values: Tensor, low: int, high: int, error: type[Exception]) -> None:
+    """Every element lies in [low, high]."""
+    if values.numel() == 0:
+        return
+    least, greatest = (int(v) for v in torch.aminmax(values))
+    if least < low or greatest > high:
+        wrong = least if least < low else greatest
+        raise error(f"{name} holds {wrong}, outside {low} … {high}")
+
+
+def check_window(window: Any) -> tuple[int, int]:
+    """`window` is None or (left, right), each −1 (unbounded) or more; returns the pair."""
+    if window is None:
+        return (-1, -1)
+    if len(window) != 2:
+        raise ValueError(f"window must be (left, right), not {window!r}")
+    left, right = window
+    if left < -1 or right < -1:
+        raise ValueError(f"window bounds must be -1 (unbounded) or more, not {window!r}")
+    return (left, right)
+
+
+def check_dropout(dropout_p: float) -> float:
+    """`dropout_p` is a probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], not {dropout_p}")
+    return float(dropout_p)
+
+
+def as_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
+    """The seed as a 0-dim int64 tensor: given, drawn from torch's generator, or None, not needed."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        return seed
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit 64 bits, not {seed}")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast, floating tensors (float64 aside) in its dtype; otherwise as they are."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )

@@ -1,0 +1,272 @@
+"""From a checked call to a backend: registration, refusals, strictness and the default order.
+
+An `Op` is one public operation. Its file gives the schema, the static checks, the value checks
+and the backends; this file registers it with `torch.library` and picks the backend at run time,
+inside the registered operator, so that `torch.compile` sees one opaque call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "triton", "torch", "reference")
+LIBRARY = torch.library.Library("bertgpt", "FRAGMENT")
+OPS: dict[str, Op] = {}
+
+_STRICT: ContextVar[bool] = ContextVar("bertgpt_strict", default=False)
+_MIN_CAPABILITY = (8, 0)  # below, Triton lowers tl.dot to scalar FMAs with kilobytes of spills
+
+Call = Mapping[str, Any]
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for refuses this call; the message says why."""
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Within this context nothing degrades quietly.
+
+    Falling from a GPU kernel to PyTorch raises `BackendUnavailable` instead of warning, and values
+    of index tensors on a GPU are checked before each call (one synchronisation per check).
+    """
+    token = _STRICT.set(True)
+    try:
+        yield
+    finally:
+        _STRICT.reset(token)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        run: Takes the checked arguments by keyword and returns the registered op's outputs.
+        refusal: Takes the same, with `needs_grad`, and says in words why it cannot run, or None.
+    """
+
+    run: Callable[..., Any]
+    refusal: Callable[..., str | None] = lambda **call: None
+
+
+def triton_backend(module: str, run: Callable[..., Any]) -> Backend:
+    """A backend of `bertgpt.kernels.<module>`, imported at its first use.
+
+    `run` receives that module first, then the call; the module's `unsupported(**call)` refuses.
+    """
+
+    def execute(**call: Any) -> Any:
+        return run(importlib.import_module(f"bertgpt.kernels.{module}"), **call)
+
+    def refusal(**call: Any) -> str | None:
+        reason = _no_triton() or _triton_cannot(call)
+        if reason is not None:
+            return reason
+        return importlib.import_module(f"bertgpt.kernels.{module}").unsupported(**call)
+
+    return Backend(execute, refusal)
+
+
+@cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton, on Linux)"
+    return None
+
+
+def _triton_cannot(call: Call) -> str | None:
+    """What no Triton kernel of this library does, whichever the op."""
+    first = next(value for value in call.values() if isinstance(value, torch.Tensor))
+    if call.get("needs_grad"):
+        return "it has no gradient yet and an input requires one (wrap the call in torch.no_grad())"
+    if call.get("dropout_p"):
+        return "it has no dropout yet (dropout_p must be 0)"
+    if first.dtype == torch.float64:
+        return "float64 is for the torch and reference backends"
+    if first.device.type == "cpu":
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            return "the tensors are on the CPU (only TRITON_INTERPRET=1 runs Triton there)"
+    elif first.device.type != "cuda":
+        return f"the tensors are on {first.device}, Triton needs a CUDA device"
+    elif torch.cuda.get_device_capability(first.device) < _MIN_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(first.device)
+        return f"compute capability {major}.{minor} is below 8.0, whose tensor cores it needs"
+    return None
+
+
+class Op:
+    """A public op: registered schema, checks, and backends by name.
+
+    Args:
+        schema: `name(arguments) -> returns`; its last two arguments are `bool needs_grad` (unless
+            `differentiable` is empty) and `str? backend`.
+        check: The public signature; raises on bad types and shapes, returns the schema's arguments.
+        check_values: Looks into index tensors; raises ValueError or IndexError.
+        backends: By name; `torch` and `reference` always there.
+        fake: Output shapes and dtypes from the schema's arguments.
+        differentiable: Names of the arguments that receive gradients.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        check: Callable[..., dict[str, Any]],
+        backends: Mapping[str, Backend],
+        fake: Callable[..., Any],
+        check_values: Callable[[Call], None] = lambda call: None,
+        differentiable: tuple[str, ...] = (),
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.check = check
+        self.check_values = check_values
+        self.backends = backends
+        self.differentiable = differentiable
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._execute, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.bertgpt, self.name).default
+        self.fields = tuple(argument.name for argument in self.overload._schema.arguments)
+        torch.library.register_fake(
+            f"bertgpt::{self.name}", lambda *values: fake(self.bind(values)), lib=LIBRARY
+        )
+        OPS[self.name] = self
+
+    def __call__(self, call: Call) -> Any:
+        """Runs the registered operator on what `check` returned."""
+        return self.overload(*(call[field] for field in self.fields))
+
+    def bind(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        """The operator's positional arguments by name."""
+        return dict(zip(self.fields, values, strict=True))
+
+    def _execute(self, *values: Any) -> Any:
+        call = self.bind(values)
+        if device_of(call).type != "cuda" or _STRICT.get():
+            self.check_values(call)
+        backend = self.backends[self.resolve(call)]
+        return backend.run(**{k: v for k, v in call.items() if k not in ("needs_grad", "backend")})
+
+    def refusal(self, name: str, call: Call) -> str | None:
+        """Why backend `name` cannot run `call`, or None."""
+        if name not in self.backends:
+            kind = {"cuda": "CUDA C++", "triton": "Triton"}[name]
+            return f"{self.name} has no {kind} kernel in this build"
+        return self.backends[name].refusal(**{k: v for k, v in call.items() if k != "backend"})
+
+    def resolve(self, call: Call) -> str:
+        """The name of the backend that runs `call`; raises BackendUnavailable, or warns once."""
+        asked = call["backend"]
+        if asked is not None:
+            reason = self.refusal(asked, call)
+            if reason is not None:
+                raise BackendUnavailable(f"{self.name}: backend {asked!r} refuses: {reason}")
+            return asked
+        passed: dict[str, str] = {}
+        for name in default_order(device_of(call)):
+            reason = self.refusal(name, call)
+            if reason is None:
+                if "triton" in passed and name in ("torch", "reference"):
+                    self._fell(name, passed)
+                return name
+            passed[name] = reason
+        raise AssertionError("the torch backend never refuses")
+
+    def _fell(self, name: str, passed: Mapping[str, str]) -> None:
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed.items())
+        message = f"{self.name} runs on backend {name!r} on a GPU, because {reasons}"
+        if _STRICT.get():
+            raise BackendUnavailable(f"{message} (strict mode)")
+        _warn_once(message)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def device_of(call: Call) -> torch.device:
+    """The device of a checked call: that of its first tensor."""
+    return next(value.device for value in call.values() if isinstance(value, torch.Tensor))
+
+
+def default_order(device: torch.device) -> tuple[str, ...]:
+    """The backends tried on a device when none is named."""
+    return BACKENDS if device.type == "cuda" else ("torch", "reference")
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an op on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_backend(backend: str | None) -> str | None:
+    """Raises ValueError for a name that no backend has."""
+    if backend is not None and backend not in BACKENDS:
+        known = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"unknown backend {backend!r}: choose one of {known}, or None")
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run a call, and why each other one that refuses does.
+
+    Attributes:
+        op: The op's name.
+        backend: The backend that would run, or None when the one asked for refuses.
+        refusals: Reason by backend name.
+        asked: The backend named in the call, or None.
+    """
+
+    op: str
+    backend: str | None
+    refusals: dict[str, str]
+    asked: str | None = None
+
+    def __str__(self) -> str:
+        choice = f"{self.backend} would run"
+        if self.backend is None:
+            choice = f"nothing would run, since {self.asked} was asked for and refuses"
+        lines = [f"{self.op}: {choice}"]
+        lines += [f"  {name} refuses: {reason}" for name, reason in self.refusals.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Says which backend a call would run on, running nothing.
+
+    Args:
+        op: The op or its name, such as `"attention"` or `bertgpt.ops.attention`.
+        *args: The op's arguments.
+        **kwargs: The op's keyword arguments; `backend` may be among them.
+
+    Returns:
+        An `Explanation`; its `str()` names the choice and each refusing backend with its reason.
+
+    Raises:
+        ValueError: There is no such op, or the arguments are what the op itself would refuse.
+        TypeError: Likewise.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        raise ValueError(f"unknown op {name!r}: choose one of {', '.join(sorted(OPS))}")
+    record = OPS[name]
+    call = record.check(*args, **kwargs)
+    refusals = {b: r for b in BACKENDS if (r := record.refusal(b, call)) is not None}
+    asked = call["backend"]
+    order = default_order(device_of(call)) if asked is None else (asked,)
+    chosen = next((b for b in order if b not in refusals), None)
+    return Explanation(name, chosen, refusals, asked)

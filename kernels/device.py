@@ -1,0 +1,31 @@
+"""What a launcher may know of the machine: two integers.
+
+Read through Triton's active driver, so the same launcher compiles for another target when the
+ahead-of-time gate installs a driver of that target.
+"""
+
+import triton
+from triton.runtime import driver
+
+_INTERPRETED_CAPABILITY = 90
+_INTERPRETED_MULTIPROCESSORS = 4  # few enough that a persistent loop takes several turns in a test
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def compute_capability() -> int:
+    """The current device's compute capability as an integer: 80, 90, 100, 120; 90 interpreted."""
+    if interpreting():
+        return _INTERPRETED_CAPABILITY
+    return int(driver.active.get_current_target().arch)
+
+
+def multiprocessor_count() -> int:
+    """The number of streaming multiprocessors of the current device."""
+    if interpreting():
+        return _INTERPRETED_MULTIPROCESSORS
+    device = driver.active.get_current_device()
+    return int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
