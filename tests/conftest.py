@@ -1,0 +1,56 @@
+"""Set-up of every test run: paths, offline, one thread, seeds, and which tests this run is for."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+if importlib.util.find_spec("bertgpt") is None:
+    # Appended, not prepended: the folder kernels/ must never come before Hugging Face's package.
+    sys.path.append(str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+settings.register_profile(
+    "bertgpt",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("bertgpt")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+    if INTERPRETING:
+        from bertgpt.kernels.interpreter import repair_bfloat16
+
+        repair_bfloat16()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the items of this process: TRITON_INTERPRET is read once, when triton is imported."""
+    kept, deselected = [], []
+    for item in items:
+        wanted = (item.get_closest_marker("interpreter") is not None) == INTERPRETING
+        (kept if wanted else deselected).append(item)
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
