@@ -1,0 +1,367 @@
+"""Fused masked attention, forward (FlashAttention-2, arXiv:2307.08691, algorithm 1).
+
+Maths: with s = scale · q kᵀ + bias over the keys a query may see, out = softmax(s) v and
+lse = ln Σ exp(s), in one pass over key tiles with a running maximum m and sum l:
+    m' = max(m, max s);  l' = l e^(m - m') + Σ e^(s - m');  acc' = acc e^(m - m') + e^(s - m') v.
+Exponentials are powers of two with scale · log2 e folded into one multiply-add. In float32, and
+under an additive mask, the statistics stay in natural units instead: s - m is then exact where it
+matters, and a bias near the end of float32's range neither overflows nor ties with another one.
+
+Memory: q, out and lse cross HBM once; k and v once for each tile of BLOCK_M queries (through L2,
+where the tiles of one head run together); a mask once. No [L, S] matrix is stored.
+
+Grid: one axis of batch · heads · query tiles, tiles fastest, then the heads of one KV group, so
+that neighbours read the same keys; where rows grow with the query (causal), longest tiles first.
+
+Dims: B batch, L/S query/key length, H query heads, K KV heads, D head_dim padded to BLOCK_D.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from bertgpt.kernels.device import compute_capability
+from bertgpt.kernels.primitives import LN2, LOG2E, packed_span
+
+MAX_HEAD_DIM = 256
+_SMALLEST_SCALE = 2.0**-126  # keeps scale 0 from turning the -inf of a masked score into NaN
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile shape and launch options of one specialisation."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def pick_config(capability: int, head_dim: int, dtype_bytes: int, masked: bool) -> Config:
+    """Tile shape for a compute capability (90 = sm_90) and a call.
+
+    The lengths and the batch play no part: a sequence's bits don't depend on the batch it is in.
+    """
+    return Config(64, 64, 4, 2)
+
+
+def unsupported(*, q: torch.Tensor, **call: Any) -> str | None:
+    """Why this kernel can't take a call that the common checks let through, or None."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
+    return None
+
+
+@triton.jit
+def _softmax_step(scores, m_i, l_i, scale_log2, NATURAL: tl.constexpr):
+    """Weights of a score tile [BLOCK_M, BLOCK_N], the old rows' factor, and the new m and l.
+
+    m is in units of log 2 and the scores unscaled, or both in natural units (NATURAL). The
+    maximum may swallow a NaN; the exponentials never do.
+    """
+    if NATURAL:
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
+        p = tl.exp2((scores - shift[:, None]) * LOG2E)
+        alpha = tl.exp2((m_i - shift) * LOG2E)
+    else:
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(scores * scale_log2 - shift[:, None])
+        alpha = tl.exp2(m_i - shift)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _load_tile(ptrs, rows_in_range, dims_in_range, ALL_ROWS: tl.constexpr, ALL_DIMS: tl.constexpr):
+    """A [rows, BLOCK_D] tile, zero outside the rows and dims in range."""
+    if ALL_ROWS and ALL_DIMS:
+        return tl.load(ptrs)
+    if ALL_ROWS:
+        return tl.load(ptrs, mask=dims_in_range[None, :], other=0.0)
+    if ALL_DIMS:
+        return tl.load(ptrs, mask=rows_in_range[:, None], other=0.0)
+    return tl.load(ptrs, mask=rows_in_range[:, None] & dims_in_range[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["len_q", "len_k", "num_tiles_m", "window_left", "window_right"])
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    key_lengths_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_ob,
+    stride_om,
+    stride_oh,
+    stride_lb,
+    stride_lh,
+    len_q,  # L, or all packed query tokens
+    len_k,  # S, or all packed key tokens
+    num_heads,
+    heads_per_kv,
+    num_tiles_m,
+    scale,  # unless NATURAL, its magnitude times log2 e
+    window_left,
+    window_right,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    NATURAL: tl.constexpr,  # statistics in units of e, not of 2
+    IS_ADDITIVE: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,  # else one mask row serves every query
+    NEGATE_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ALL_DIMS: tl.constexpr = HEAD_DIM == BLOCK_D
+    # 1. This program's head and query tile.
+    pid_m = tl.program_id(0) % num_tiles_m
+    pid_bh = tl.program_id(0) // num_tiles_m
+    if HAS_RIGHT:
+        pid_m = num_tiles_m - 1 - pid_m
+    b = (pid_bh // num_heads).to(tl.int64)
+    h = (pid_bh % num_heads).to(tl.int64)
+    h_kv = h // heads_per_kv
+    start_q = tl.zeros([], tl.int64)
+    start_k = tl.zeros([], tl.int64)
+    if cu_q_ptr is not None:
+        start_q, len_q = packed_span(cu_q_ptr, b, len_q)
+        start_k, len_k = packed_span(cu_k_ptr, b, len_k)
+    row_first = pid_m * BLOCK_M
+    if row_first >= len_q:
+        return
+
+    # 2. Keys [lo, hi) are seen by some row of the tile, [full_lo, full_hi) by every row.
+    # Query i sits on key i + diagonal, whatever key_lengths says (bottom-right alignment).
+    diagonal = len_k - len_q
+    row_last = tl.minimum(row_first + BLOCK_M, len_q) - 1
+    hi = len_k
+    if key_lengths_ptr is not None:
+        hi = tl.minimum(tl.maximum(tl.load(key_lengths_ptr + b), 0), len_k).to(tl.int32)
+    full_hi = hi
+    lo = 0
+    full_lo = 0
+    if HAS_RIGHT:
+        full_hi = tl.minimum(hi, row_first + diagonal + window_right + 1)
+        hi = tl.minimum(hi, row_last + diagonal + window_right + 1)
+    if HAS_LEFT:
+        lo = tl.maximum(row_first + diagonal - window_left, 0)
+        full_lo = tl.maximum(row_last + diagonal - window_left, 0)
+    tile_first = lo // BLOCK_N
+    tile_last = tl.cdiv(tl.maximum(hi, 0), BLOCK_N)  # exclusive
+    full_first = tl.cdiv(full_lo, BLOCK_N)
+    full_count = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N - full_first, 0)
+    if mask_ptr is not None:
+        full_count = 0
+
+    # 3. Pointers; every offset is 64-bit.
+    offs_m = row_first + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < len_q
+    mask_d = offs_d < HEAD_DIM
+    q_base = q_ptr + b * stride_qb + start_q * stride_qm + h * stride_qh
+    k_base = k_ptr + b * stride_kb + start_k * stride_kn + h_kv * stride_kh
+    v_base = v_ptr + b * stride_vb + start_k * stride_vn + h_kv * stride_vh
+    q_ptrs = q_base + offs_m[:, None].to(tl.int64) * stride_qm + offs_d[None, :]
+    k_ptrs = k_base + offs_n[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
+    v_ptrs = v_base + offs_n[:, None].to(tl.int64) * stride_vn + offs_d[None, :]
+    q = _load_tile(q_ptrs, mask_m, mask_d, False, ALL_DIMS)  # [BLOCK_M, BLOCK_D]
+    if NEGATE_Q:
+        q = -q
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # 4. Tiles that every row sees whole: nothing to mask.
+    if mask_ptr is None:
+        for tile in tl.range(full_first, full_first + full_count):
+            start_n = tl.full([], tile * BLOCK_N, tl.int64)
+            k = _load_tile(k_ptrs + start_n * stride_kn, mask_m, mask_d, True, ALL_DIMS)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if NATURAL:
+                scores *= scale
+            p, alpha, m_i, l_i = _softmax_step(scores, m_i, l_i, scale, NATURAL)
+            v = _load_tile(v_ptrs + start_n * stride_vn, mask_m, mask_d, True, ALL_DIMS)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+
+    # 5. Edge tiles, on either side of the whole ones. Scores are selected, not multiplied, and
+    # values that no row of the tile sees are zeroed: both may hold NaN.
+    for step in tl.range(tile_first, tile_last - full_count):
+        tile = step
+        if mask_ptr is None:
+            tile = tl.where(step >= full_first, step + full_count, step)
+        start_n = tl.full([], tile * BLOCK_N, tl.int64)
+        keys = tile * BLOCK_N + offs_n
+        seen = (keys >= lo) & (keys < hi)  # [BLOCK_N]
+        k = _load_tile(k_ptrs + start_n * stride_kn, seen, mask_d, False, ALL_DIMS)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if NATURAL:
+            scores *= scale
+        visible = seen[None, :] & mask_m[:, None]  # [BLOCK_M, BLOCK_N]
+        if HAS_RIGHT:
+            visible &= keys[None, :] <= offs_m[:, None] + (diagonal + window_right)
+        if HAS_LEFT:
+            visible &= keys[None, :] >= offs_m[:, None] + (diagonal - window_left)
+        if mask_ptr is not None:
+            mask_base = mask_ptr + b * stride_mb + h * stride_mh
+            mask_keys = mask_base + keys.to(tl.int64) * stride_mn
+            if MASK_PER_QUERY:
+                rows = offs_m.to(tl.int64) * stride_mm
+                allowed = tl.load(mask_keys[None, :] + rows[:, None], mask=visible, other=0)
+            else:
+                allowed = tl.load(mask_keys, mask=seen, other=0)[None, :]
+            if IS_ADDITIVE:
+                allowed = allowed.to(tl.float32)
+                scores += allowed
+                allowed = allowed != float("-inf")
+            visible &= allowed
+            if MASK_PER_QUERY:
+                seen = tl.max(visible.to(tl.int32), 0) > 0
+            else:
+                seen &= tl.reshape(allowed, [BLOCK_N])
+        scores = tl.where(visible, scores, float("-inf"))
+        p, alpha, m_i, l_i = _softmax_step(scores, m_i, l_i, scale, NATURAL)
+        v = _load_tile(v_ptrs + start_n * stride_vn, seen, mask_d, False, ALL_DIMS)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+
+    # 6. A row without a key has l = 0: zeros, and ln 0 = -inf.
+    out = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
+    out_base = out_ptr + b * stride_ob + start_q * stride_om + h * stride_oh
+    out_ptrs = out_base + offs_m[:, None].to(tl.int64) * stride_om + offs_d[None, :]
+    out_mask = mask_m[:, None] & mask_d[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+    if lse_ptr is not None:
+        unit = 1.0 if NATURAL else LN2
+        lse = tl.where(l_i == 0.0, float("-inf"), m_i * unit + tl.log(l_i))
+        lse_ptrs = lse_ptr + b * stride_lb + h * stride_lh + start_q + offs_m
+        tl.store(lse_ptrs, lse, mask=mask_m)
+
+
+def attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    causal: bool,
+    window: tuple[int, int],
+    scale: float,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax attention in one pass; arguments as `bertgpt.ops.attention` hands them on, checked.
+
+    Args:
+        q: [B, L, H, D], or packed [T, H, D]; float32, float16 or bfloat16.
+        k: [B, S, K, D], or packed [T', K, D]; query head h reads KV head h // (H // K).
+        v: Like k.
+        mask: Bool (True attends) or additive, any strides, [B, H, L, S]; padded only.
+        key_lengths: [B] integers; keys at and past it are masked; padded only.
+        causal: Mask keys past the diagonal that ends at the last query and the last key.
+        window: Keys (left, right) of that diagonal to keep, -1 for all.
+        scale: Factor of the scores.
+        cu_seqlens_q: [B + 1] first query token of each packed sequence, then T; None if padded.
+        cu_seqlens_k: The same for keys.
+        max_seqlen_q: Longest packed query sequence; rows past it are not computed.
+        max_seqlen_k: Not needed here: each key loop ends at its sequence's end.
+        return_lse: Whether to compute the log-sum-exp.
+
+    Returns:
+        out like q, contiguous, and lse float32 [B, H, L] or [H, T] (natural log) or None.
+    """
+    packed = cu_seqlens_q is not None
+    heads, dim = q.shape[-2:]
+    len_q, len_k = q.shape[-3], k.shape[-3]
+    batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
+    longest = max_seqlen_q if packed else len_q
+    assert longest is not None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_shape = (heads, len_q) if packed else (batch, heads, len_q)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if return_lse else None
+    if out.numel() == 0 or len_k == 0 or longest == 0:
+        return out.zero_(), lse.fill_(-math.inf) if lse is not None else None
+
+    left, right = window
+    if causal:
+        right = 0
+    left = -1 if left >= len_k - 1 else left  # reaches the first key from the last query
+    right = -1 if right >= len_q - 1 and not causal else right
+    additive = mask is not None and mask.dtype != torch.bool
+    natural = additive or q.dtype == torch.float32
+    folded = max(abs(scale) * LOG2E.value, _SMALLEST_SCALE)
+    ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    config = pick_config(compute_capability(), dim, q.element_size(), mask is not None)
+    tiles = triton.cdiv(longest, config.BLOCK_M)
+
+    _attention_fwd_kernel[(batch * heads * tiles,)](
+        q,
+        k,
+        v,
+        mask,
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        out,
+        lse,
+        *_strides(q, packed),
+        *_strides(k, packed),
+        *_strides(v, packed),
+        *(mask.stride() if mask is not None else (0, 0, 0, 0)),
+        *_strides(out, packed),
+        *((0, len_q) if packed else (heads * len_q, len_q)),
+        len_q,
+        len_k,
+        heads,
+        heads // k.shape[-2],
+        tiles,
+        scale if natural else folded,
+        left,
+        right,
+        HEAD_DIM=dim,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        HAS_LEFT=left >= 0,
+        HAS_RIGHT=right >= 0,
+        NATURAL=natural,
+        IS_ADDITIVE=additive,
+        MASK_PER_QUERY=mask is not None and mask.stride(2) != 0,
+        NEGATE_Q=scale < 0 and not natural,
+        PRECISION="ieee" if ieee else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, lse
+
+
+def _strides(x: torch.Tensor, packed: bool) -> tuple[int, ...]:
+    """Strides of batch, token and head; packed sequences are reached by their first token."""
+    return (0, *x.stride()[:2]) if packed else x.stride()[:3]
