@@ -108,7 +108,7 @@ def check_dropout(dropout_p: float) -> float:
 
 
 def as_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
-    """The seed as a 0-dim int64 tensor: given, drawn from torch's generator, or None, not needed."""
+    """The seed as a 0-dim int64 tensor: given, drawn from torch, or None when not needed."""
     if dropout_p == 0.0:
         return None
     if seed is None:

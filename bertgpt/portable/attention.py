@@ -43,29 +43,12 @@ def attention(
             return_lse=return_lse,
         )  # fmt: skip
     rule = _Rule(causal, *(window or (-1, -1)), scale)
+    dtype = q.dtype
+    if q.device.type == "cpu":  # float32 is as fast there, and rounds once instead of thrice
+        q, k, v = (_widened(t) for t in (q, k, v))
     if cu_seqlens_q is None:
-        return _padded(q, k, v, rule, mask=mask, lengths_k=key_lengths)
-
-    starts_q = cu_seqlens_q.tolist()
-    starts_k = starts_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    sequences = [
-        _Sequence(sq, eq - sq, sk, ek - sk)
-        for sq, eq, sk, ek in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)
-        if eq > sq
-    ]
-    buckets = _buckets(sequences)
-    if len(buckets) == 1 and _is_a_view(buckets[0], q, k):
-        n = len(buckets[0])
-        q_BLHD, k_BSKD, v_BSKD = (t.unflatten(0, (n, -1)) for t in (q, k, v))
-        return _padded(q_BLHD, k_BSKD, v_BSKD, rule).flatten(0, 1)
-    order, outs = [], []
-    for bucket in buckets:
-        rows, out = _bucket(q, k, v, bucket, rule)
-        order.append(rows)
-        outs.append(out)
-    if not outs:
-        return torch.zeros_like(q)
-    return torch.cat(outs).index_select(0, torch.cat(order).argsort())
+        return _padded(q, k, v, rule, mask=mask, lengths_k=key_lengths).to(dtype)
+    return _packed(q, k, v, rule, cu_seqlens_q, cu_seqlens_k).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -109,6 +92,37 @@ def _sdpa_would_hide_nan(*tensors: Tensor) -> bool:
     return not all(torch.isfinite(t.detach().sum(dtype=wide)) for t in tensors)
 
 
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: _Rule,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+) -> Tensor:
+    """Attention within each packed sequence, a bucket of like lengths at a time."""
+    starts_q = cu_seqlens_q.tolist()
+    starts_k = starts_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    sequences = [
+        _Sequence(sq, eq - sq, sk, ek - sk)
+        for sq, eq, sk, ek in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)
+        if eq > sq
+    ]
+    buckets = _buckets(sequences)
+    if len(buckets) == 1 and _is_a_view(buckets[0], q, k):
+        n = len(buckets[0])
+        q_BLHD, k_BSKD, v_BSKD = (t.unflatten(0, (n, -1)) for t in (q, k, v))
+        return _padded(q_BLHD, k_BSKD, v_BSKD, rule).flatten(0, 1)
+    order, outs = [], []
+    for bucket in buckets:
+        rows, out = _bucket(q, k, v, bucket, rule)
+        order.append(rows)
+        outs.append(out)
+    if not outs:
+        return torch.zeros_like(q)
+    return torch.cat(outs).index_select(0, torch.cat(order).argsort())
+
+
 def _buckets(sequences: list[_Sequence]) -> list[list[_Sequence]]:
     """Sequences of like length together, so that padding a bucket wastes little."""
     buckets: list[list[_Sequence]] = []
@@ -116,8 +130,8 @@ def _buckets(sequences: list[_Sequence]) -> list[list[_Sequence]]:
     for sequence in sorted(sequences, key=lambda s: (s.length_q, s.length_k), reverse=True):
         first = buckets[-1][0] if buckets else sequence
         tokens += sequence.length_q
-        full = bool(buckets) and tokens >= MIN_DENSITY * first.length_q * (len(buckets[-1]) + 1)
-        if full and sequence.length_k >= MIN_DENSITY * first.length_k:
+        dense = bool(buckets) and tokens >= MIN_DENSITY * first.length_q * (len(buckets[-1]) + 1)
+        if dense and MIN_DENSITY * first.length_k <= sequence.length_k <= first.length_k:
             buckets[-1].append(sequence)
         else:
             buckets.append([sequence])
@@ -222,7 +236,12 @@ def _masked(
     dtype, bias = q.dtype, allowed
     if mask is not None and mask.dtype != torch.bool:
         # A half cannot hold every finite bias: −1e9 would become −inf and rule the key out.
-        q, k, v = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v))
+        q, k, v = (_widened(t) for t in (q, k, v))
         bias = mask.to(q.dtype).masked_fill(~allowed, -torch.inf)
     out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.where(allowed.any(dim=-1, keepdim=True), 0).to(dtype)
+
+
+def _widened(t: Tensor) -> Tensor:
+    """A half as float32, anything wider as it is."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
