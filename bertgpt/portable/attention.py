@@ -6,6 +6,7 @@ goes to the definition in `bertgpt.reference`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,17 +61,13 @@ class _Rule:
     right: int
     scale: float | None
 
-    def allowed(self, corner: Tensor, key: Tensor) -> Tensor | None:
+    def allowed(self, corner: Tensor, key: Tensor) -> Tensor:
         """Whether the query whose corner (its place among the keys) is given sees `key`."""
-        allowed = None
-        right = self.right
-        if self.causal:
-            right = 0 if right < 0 else min(right, 0)
-        if right >= 0:
-            allowed = key <= corner + right
+        allowed = torch.ones_like(key, dtype=torch.bool)
+        if self.causal or self.right >= 0:
+            allowed = allowed & (key <= corner + (0 if self.causal else self.right))
         if self.left >= 0:
-            near = key >= corner - self.left
-            allowed = near if allowed is None else allowed & near
+            allowed = allowed & (key >= corner - self.left)
         return allowed
 
 
@@ -89,7 +86,7 @@ def _sdpa_would_hide_nan(*tensors: Tensor) -> bool:
     if tensors[0].device.type != "cpu":
         return False
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return not all(torch.isfinite(t.detach().sum(dtype=wide)) for t in tensors)
+    return not math.isfinite(sum(float(t.detach().sum(dtype=wide)) for t in tensors))
 
 
 def _packed(
@@ -190,13 +187,11 @@ def _padded(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    squarely_causal = rule.causal and rule.left < 0 and rule.right < 0 and L == S
-    if squarely_causal and mask is None and lengths_q is None and lengths_k is None:
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale)
+    whole = mask is None and lengths_q is None and lengths_k is None
+    if whole and rule.left < 0 and rule.right < 0 and (not rule.causal or L == S):
+        out = scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scale)
         return out.transpose(1, 2)
     allowed = _allowed(rule, L, S, mask, lengths_q, lengths_k, q.device)
-    if allowed is None:
-        return scaled_dot_product_attention(q, k, v, scale=rule.scale).transpose(1, 2)
     return _masked(q, k, v, allowed, mask, rule.scale).transpose(1, 2)
 
 
@@ -208,21 +203,17 @@ def _allowed(
     lengths_q: Tensor | None,
     lengths_k: Tensor | None,
     device: torch.device,
-) -> Tensor | None:
-    """All that rules keys out, as a boolean broadcastable to [B, H, L, S]; None if nothing does."""
+) -> Tensor:
+    """All that rules keys out together, as a boolean broadcastable to [B, H, L, S]."""
     key = torch.arange(S, device=device)
     corner = torch.arange(L, device=device)[:, None] + (S - L)
     if lengths_q is not None and lengths_k is not None:
         corner = corner - (S - L) + (lengths_k - lengths_q)[:, None, None, None]
-    terms = [rule.allowed(corner, key)]
+    allowed = rule.allowed(corner, key)
     if lengths_k is not None:
-        terms.append(key < lengths_k[:, None, None, None])
+        allowed = allowed & (key < lengths_k[:, None, None, None])
     if mask is not None:
-        terms.append(mask if mask.dtype == torch.bool else mask != -torch.inf)
-    allowed = None
-    for term in terms:
-        if term is not None:
-            allowed = term if allowed is None else allowed & term
+        allowed = allowed & (mask if mask.dtype == torch.bool else mask != -torch.inf)
     return allowed
 
 
