@@ -1,0 +1,216 @@
+"""The ahead-of-time gate: every committed Triton config, compiled for every architecture, no GPU.
+
+    python benchmarks/aot.py --check           the gate, and the table against the committed one
+    python benchmarks/aot.py --update          the gate, and the table rewritten
+    python benchmarks/aot.py --only TEXT       the rows of matching cases, nothing compared
+
+The gate fails when a kernel spills registers, wants more shared memory than a block may have, lacks
+the matrix instructions its case names, or when `pick_config` can return a config that no case
+reaches. The table (registers, shared memory, instruction counts) belongs to one Triton version;
+under another the gate holds and the table is left alone.
+"""
+
+import argparse
+import difflib
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine_code
+import triton
+from aot_cases import CASES, DOMAINS, Case
+from aot_driver import CAPABILITIES, SHARED_LIMIT, Launch, launches_of
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+TABLE = Path(__file__).parent / "results" / "aot.md"
+_HEADER = ("case", "sm", "kernel", "config", "registers", "spills", "shared", "matrix", "SASS")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one case gave on one architecture."""
+
+    rows: list[tuple[str, ...]]
+    problems: list[str]
+    picked: set[Any]
+
+
+def examine(index: int, capability: int) -> Outcome:
+    """Compiles one case for one architecture and reads its machine code."""
+    case = CASES[index]
+    label = f"{case.op}: {case.name}"
+    module = importlib.import_module(f"bertgpt.kernels.{case.op}")
+    picked: set[Any] = set()
+    restore = _record_picks(module, picked)
+    try:
+        launches = launches_of(case.call, capability)
+    except Exception as error:  # whatever the compiler raises is this case's failure
+        reason = str(error).strip().splitlines()
+        return Outcome(
+            [], [f"{label} sm_{capability}: {type(error).__name__}: {reason[:3]}"], picked
+        )
+    finally:
+        restore()
+    rows, problems, matrix = [], [], set()
+    for launch in launches:
+        code = machine_code.read(launch.cubin)
+        matrix |= set(code.matrix)
+        rows.append(
+            (label, str(capability), launch.kernel, _config(launch), *_figures(launch, code))
+        )
+        if code.stack_bytes or code.local_accesses:
+            problems.append(f"{launch.kernel} spills ({code.stack_bytes} bytes a thread)")
+        if launch.shared_bytes > SHARED_LIMIT[capability]:
+            problems.append(f"{launch.kernel} wants {launch.shared_bytes} bytes of shared memory")
+    wanted = case.matrix.get(capability)
+    if wanted is not None and wanted not in matrix:
+        problems.append(f"no {wanted}, found {sorted(matrix) or 'no matrix instruction'}")
+    if not launches:
+        problems.append("launched nothing")
+    return Outcome(rows, [f"{label} sm_{capability}: {text}" for text in problems], picked)
+
+
+def _record_picks(module: Any, picked: set[Any]) -> Any:
+    """Notes what `pick_config` returns; returns the function that puts it back."""
+    original = getattr(module, "pick_config", None)
+    if original is None:
+        return lambda: None
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        config = original(*args, **kwargs)
+        picked.add(config)
+        return config
+
+    module.pick_config = recording
+    return lambda: setattr(module, "pick_config", original)
+
+
+def _config(launch: Launch) -> str:
+    blocks = [
+        f"{name.lower().removeprefix('block_')}{value}"
+        for name, value in launch.constants.items()
+        if name.startswith("BLOCK")
+    ]
+    return " ".join([*blocks, f"{launch.num_warps}w", f"{launch.num_stages}s"])
+
+
+def _figures(launch: Launch, code: machine_code.MachineCode) -> tuple[str, ...]:
+    matrix = " ".join(f"{count} {name}" for name, count in code.matrix.items()) or "–"
+    return (
+        str(code.registers),
+        str(code.stack_bytes),
+        str(launch.shared_bytes),
+        matrix,
+        str(code.instructions),
+    )
+
+
+def unreached(op: str, capability: int, picked: set[Any]) -> list[str]:
+    """Configs that `pick_config` can return and no case reached."""
+    module = importlib.import_module(f"bertgpt.kernels.{op}")
+    missing = {module.pick_config(*args) for args in DOMAINS[op](capability)} - picked
+    return sorted(f"{op} sm_{capability}: no case reaches {config}" for config in missing)
+
+
+def run(cases: Iterable[int], workers: int) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Rows and problems of the given cases, in their order."""
+    tasks = [(index, capability) for index in cases for capability in CAPABILITIES]
+    outcomes: dict[tuple[int, int], Outcome] = {}
+    columns = (*Progress.get_default_columns()[:2], TextColumn("{task.completed}/{task.total}"))
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(*columns, TimeElapsedColumn(), transient=True) as progress,
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+    ):
+        bar = progress.add_task("compiling", total=len(tasks))
+        futures = {pool.submit(examine, *task): task for task in tasks}
+        for future in as_completed(futures):
+            outcomes[futures[future]] = future.result()
+            progress.advance(bar)
+    ordered = [outcomes[task] for task in tasks]
+    rows = [row for outcome in ordered for row in outcome.rows]
+    problems = [problem for outcome in ordered for problem in outcome.problems]
+    if len(tasks) == len(CASES) * len(CAPABILITIES):
+        problems += _all_unreached(outcomes)
+    return rows, problems
+
+
+def _all_unreached(outcomes: dict[tuple[int, int], Outcome]) -> Iterator[str]:
+    for op in DOMAINS:
+        for capability in CAPABILITIES:
+            picked: set[Any] = set()
+            for (index, compiled_for), outcome in outcomes.items():
+                if CASES[index].op == op and compiled_for == capability:
+                    picked |= outcome.picked
+            yield from unreached(op, capability, picked)
+
+
+def render(rows: list[tuple[str, ...]]) -> str:
+    """The table as Markdown, aligned, so that a change shows as a line."""
+    table = [_HEADER, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADER))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([_title(), "", *lines, ""])
+
+
+def _title() -> str:
+    return f"Compiled ahead of time by Triton {triton.__version__}; see docs/static_figures.md."
+
+
+def _compare(text: str) -> int:
+    committed = TABLE.read_text() if TABLE.exists() else ""
+    if committed.splitlines()[:1] != [_title()]:
+        print(f"{TABLE.name} is of another Triton than {triton.__version__}: not compared")
+        return 0
+    if committed == text:
+        return 0
+    diff = difflib.unified_diff(
+        committed.splitlines(), text.splitlines(), "committed", "compiled now", n=0, lineterm=""
+    )
+    print("\n".join(diff))
+    print("The table has changed. If that is meant: python benchmarks/aot.py --update")
+    return 1
+
+
+def main() -> int:
+    """Runs the gate; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", action="store_true", help="compare with the committed table")
+    action.add_argument("--update", action="store_true", help="rewrite the committed table")
+    action.add_argument("--only", metavar="TEXT", help="print the rows of cases containing TEXT")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+
+    chosen = [i for i, case in enumerate(CASES) if _matches(case, arguments.only)]
+    rows, problems = run(chosen, arguments.workers)
+    text = render(rows)
+    status = 0
+    if arguments.only is not None:
+        print(text)
+    elif arguments.update:
+        TABLE.write_text(text)
+    else:
+        status = _compare(text)
+    for problem in problems:
+        print(problem)
+    print(f"{len(rows)} kernels, {len(problems)} problems, Triton {triton.__version__}")
+    return 1 if problems else status
+
+
+def _matches(case: Case, text: str | None) -> bool:
+    return text is None or text in f"{case.op}: {case.name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
