@@ -1,0 +1,131 @@
+"""Choosing a backend: the default order, refusals in words, strictness, and `explain`."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bertgpt
+from bertgpt import ops
+from bertgpt.ops import _dispatch
+from bertgpt.ops._dispatch import OPS
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A checked attention call whose tensors say they are on a GPU of capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    _dispatch._warn_once.cache_clear()
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 2, 8, device="cuda")
+
+    def call(q=q, **kwargs):
+        return OPS["attention"].check(q, q, q, **kwargs)
+
+    return call
+
+
+def test_triton_comes_first_on_a_gpu(on_a_gpu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert OPS["attention"].resolve(on_a_gpu()) == "triton"
+
+
+def test_falling_past_triton_warns_once(on_a_gpu):
+    call = on_a_gpu(dropout_p=0.5, seed=1)
+    with pytest.warns(RuntimeWarning, match="runs on backend 'torch' on a GPU.*no dropout yet"):
+        assert OPS["attention"].resolve(call) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert OPS["attention"].resolve(call) == "torch"
+
+
+def test_strict_raises_where_it_would_fall(on_a_gpu):
+    call = on_a_gpu(dropout_p=0.5, seed=1)
+    with bertgpt.strict(), pytest.raises(bertgpt.BackendUnavailable, match="strict mode"):
+        OPS["attention"].resolve(call)
+    with bertgpt.strict():
+        assert OPS["attention"].resolve(on_a_gpu(dropout_p=0.5, seed=1, backend="torch")) == "torch"
+
+
+def test_strict_ends_with_its_block():
+    assert not _dispatch._STRICT.get()
+    with pytest.raises(ZeroDivisionError), bertgpt.strict():
+        _ = 1 / int(not _dispatch._STRICT.get())
+    assert not _dispatch._STRICT.get()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "call", "words"),
+    [
+        ({}, {"dropout_p": 0.1, "seed": 0}, "no dropout"),
+        ({"dtype": torch.float64}, {}, "float64"),
+        ({"requires_grad": True}, {}, "no gradient"),
+    ],
+)
+def test_what_triton_refuses(on_a_gpu, tensor, call, words):
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 2, 8, device="cuda", **tensor)
+    assert words in OPS["attention"].refusal("triton", on_a_gpu(q, **call))
+
+
+def test_old_gpus_are_refused(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "7.5 is below 8.0" in OPS["attention"].refusal("triton", on_a_gpu())
+
+
+def test_a_missing_triton_is_a_refusal(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
+    _dispatch._no_triton.cache_clear()
+    assert "not installed" in OPS["attention"].refusal("triton", on_a_gpu())
+    _dispatch._no_triton.cache_clear()
+
+
+def test_explain_names_the_choice_and_every_refusal():
+    q = torch.randn(1, 4, 2, 8)
+    told = ops.explain("attention", q, q, q, causal=True)
+    assert told.backend == "torch"
+    assert set(told.refusals) == {"cuda", "triton"}
+    for word in ("torch would run", "cuda refuses", "triton refuses", "on the CPU"):
+        assert word in str(told)
+    assert ops.explain(ops.attention, q, q, q) == ops.explain("attention", q, q, q)
+
+
+def test_explain_of_a_refused_request():
+    q = torch.randn(1, 4, 2, 8)
+    told = ops.explain("attention", q, q, q, backend="triton")
+    assert told.backend is None
+    assert "nothing would run, since triton was asked for" in str(told)
+
+
+def test_explain_runs_nothing(monkeypatch):
+    def run(**call):
+        raise AssertionError("explain ran a backend")
+
+    record = OPS["attention"]
+    inert = {name: replace(backend, run=run) for name, backend in record.backends.items()}
+    monkeypatch.setattr(record, "backends", inert)
+    q = torch.randn(1, 4, 2, 8)
+    assert ops.explain("attention", q, q, q).backend == "torch"
+    with pytest.raises(AssertionError, match="ran a backend"):
+        ops.attention(q, q, q)
+
+
+def test_explain_refuses_what_the_op_would():
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="unknown op 'atention'"):
+        ops.explain("atention", q, q, q)
+    with pytest.raises(ValueError, match="shaped like k"):
+        ops.explain("attention", q, q, q[:, :2])
+    with pytest.raises(ValueError, match="unknown backend"):
+        ops.explain("attention", q, q, q, backend="opencl")
+
+
+def test_an_explicit_refusal_raises_with_the_reason():
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ops.BackendUnavailable, match="'triton' refuses: the tensors are on the"):
+        ops.attention(q, q, q, backend="triton")
+    assert issubclass(bertgpt.BackendUnavailable, RuntimeError)
+    assert bertgpt.BackendUnavailable is ops.BackendUnavailable
