@@ -1,0 +1,164 @@
+"""The models' door: padded Hugging Face arguments come in, packed tokens go through, padded go out.
+
+Everything that a caller can get wrong about ids is found here, by name, before anything runs. For
+padded tensors on a GPU that costs one device-to-host copy; a `PackedBatch` was checked when it was
+made and costs none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bertgpt.packing import PackedBatch, pad, unpad
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model's embedding tables can look up.
+
+    Attributes:
+        vocab: number of words.
+        positions: longest sequence.
+        types: number of token types.
+        width: features of an embedding, E.
+    """
+
+    vocab: int
+    positions: int
+    types: int
+    width: int
+
+
+def enter(
+    limits: Limits,
+    input_ids: Tensor | PackedBatch | None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> PackedBatch:
+    """Packs a model's arguments and checks them.
+
+    Args:
+        limits: the model's tables.
+        input_ids: token ids `[B, L]`, or a `PackedBatch` of ids `[T]` or embeddings `[T, E]`, which
+            comes alone.
+        attention_mask: `[B, L]`, nonzero for real tokens, wherever they are; None keeps all.
+        token_type_ids: `[B, L]` or broadcastable to it.
+        position_ids: likewise; by default each token's column in the padded tensor.
+        inputs_embeds: `[B, L, E]` in place of `input_ids`.
+
+    Returns:
+        The packed batch.
+
+    Raises:
+        TypeError: ids that are no integers, embeddings or masks that are no numbers.
+        ValueError: shapes that disagree, both or neither of ids and embeddings, a mask that is not
+            2-D, or a sequence longer than the position table.
+        IndexError: a token, type or position id outside its table.
+    """
+    rest = {
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+        "inputs_embeds": inputs_embeds,
+    }
+    if isinstance(input_ids, PackedBatch):
+        for name, value in rest.items():
+            if value is not None:
+                raise ValueError(f"{name} beside a PackedBatch: give it to pack() instead")
+        batch = input_ids
+    else:
+        padded = _one_input(input_ids, inputs_embeds)
+        if padded.shape[1] > limits.positions and position_ids is None:
+            raise _too_long(padded.shape[1], limits.positions)
+        batch = _unpad(padded, attention_mask, token_type_ids, position_ids)
+    _check(batch, limits)
+    return batch
+
+
+def leave(values: Tensor, batch: PackedBatch, fill: float = 0.0) -> Tensor:
+    """Packed rows as the caller's kind of tensor: padded where padded came in."""
+    return values if batch.grid is None else pad(values, batch, fill=fill)
+
+
+def _one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is None:
+        assert inputs_embeds is not None
+        if not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds must be floating point, not {inputs_embeds.dtype}")
+        if inputs_embeds.ndim != 3:
+            raise ValueError(f"inputs_embeds must be [B, L, E], not {list(inputs_embeds.shape)}")
+        return inputs_embeds
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor [B, L] or a PackedBatch, not {type(input_ids).__name__}; "
+            "bertgpt.pack makes one from lists"
+        )
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be [B, L], not {list(input_ids.shape)}")
+    return input_ids
+
+
+def _unpad(
+    padded: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> PackedBatch:
+    shape = (padded.shape[0], padded.shape[1])
+    given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+    ids: dict[str, Tensor] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        try:
+            ids[name] = value.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} must broadcast to {list(shape)}, not {list(value.shape)}"
+            ) from None
+    if attention_mask is not None and position_ids is None:
+        # As stock models count: columns of the padded row, also where padding comes first.
+        ids["position_ids"] = torch.arange(shape[1], device=padded.device).expand(shape)
+    if attention_mask is None:
+        attention_mask = torch.ones((), dtype=torch.bool, device=padded.device).expand(shape)
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be [B, L], not {attention_mask.ndim}-D: masks per query are for "
+            "bertgpt.ops.attention"
+        )
+    return unpad(padded, attention_mask, **ids)
+
+
+def _check(batch: PackedBatch, limits: Limits) -> None:
+    if batch.values.is_floating_point():
+        if batch.values.shape[1:] != (limits.width,):
+            raise ValueError(
+                f"embeddings must have {limits.width} features, not {list(batch.values.shape[1:])}"
+            )
+    elif batch.values.ndim != 1 or batch.values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be int32 or int64, not {batch.values.dtype}")
+    if batch.position_ids is None and batch.max_seqlen > limits.positions:
+        raise _too_long(batch.max_seqlen, limits.positions)
+    sizes = {
+        "input_ids": limits.vocab,
+        "token_type_ids": limits.types,
+        "position_ids": limits.positions,
+    }
+    for name, (low, high) in batch.ranges.items():
+        if low < 0 or high >= sizes[name]:
+            worst = low if low < 0 else high
+            raise IndexError(f"{name} holds {worst}, outside 0 … {sizes[name] - 1}")
+
+
+def _too_long(length: int, positions: int) -> ValueError:
+    return ValueError(
+        f"a sequence of {length} tokens is longer than the model's position table, {positions}: "
+        "truncate it"
+    )

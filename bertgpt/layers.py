@@ -1,0 +1,149 @@
+"""The layers both models are made of: each holds weights, reshapes, and calls one op.
+
+Everything here is packed: hidden states are `[T, E]`, T tokens of a whole batch and no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bertgpt import ops
+from bertgpt.packing import PackedBatch
+
+ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+# (q_THD, k_THD, v_THD, layer, scale, dropout_p) → out_THD: how the tokens at hand meet the keys.
+Attend = Callable[[Tensor, Tensor, Tensor, int, float, float], Tensor]
+
+
+@dataclass(frozen=True)
+class SelfAttend:
+    """Every token of a batch attends within its own sequence."""
+
+    batch: PackedBatch
+    causal: bool = False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
+    ) -> Tensor:
+        """Attention over the whole batch, `[T, H, D]` each."""
+        batch = self.batch
+        if batch.equal_lengths:  # [T, H, D] is [B, L, H, D] without a copy
+            q, k, v = (x.unflatten(0, (len(batch), batch.max_seqlen)) for x in (q, k, v))
+            out = ops.attention(q, k, v, causal=self.causal, scale=scale, dropout_p=dropout_p)
+            return out.flatten(0, 1)
+        return ops.attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            scale=scale,
+            cu_seqlens_q=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            dropout_p=dropout_p,
+        )
+
+
+class Embeddings(nn.Module):
+    """The sum of word, position and (where there is a table) token-type embeddings, as two terms.
+
+    Args:
+        vocab_size: words.
+        positions: length of the position table.
+        types: token types, or 0 for no table.
+        width: E.
+        padding_idx: word whose embedding gets no gradient.
+    """
+
+    def __init__(
+        self, vocab_size: int, positions: int, types: int, width: int, padding_idx: int | None
+    ) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, width, padding_idx=padding_idx)
+        self.position_embeddings = nn.Embedding(positions, width)
+        self.token_type_embeddings = nn.Embedding(types, width) if types else None
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Words plus types, and positions, each `[T, E]`; their sum is left to the next op."""
+        floating = batch.values.is_floating_point()
+        words = batch.values if floating else self.word_embeddings(batch.values)
+        if self.token_type_embeddings is not None:
+            types = batch.token_type_ids
+            table = self.token_type_embeddings.weight
+            words = words + (table[0] if types is None else self.token_type_embeddings(types))
+        return words, self.position_embeddings(batch.positions())
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(
+        self, width: int, heads: int, layer: int, scale: float | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.layer = heads, width // heads, layer
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_TE: Tensor, attend: Attend) -> Tensor:
+        """`[T, E]` → `[T, E]`."""
+        q, k, v = self.qkv(x_TE).view(-1, 3, self.heads, self.head_dim).unbind(1)
+        dropout_p = self.dropout if self.training else 0.0
+        mixed = attend(q, k, v, self.layer, self.scale, dropout_p)
+        return self.out(mixed.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """W_out · gelu(W_in · x)."""
+
+    def __init__(self, width: int, inner: int, approximate: str) -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.inner = nn.Linear(width, inner)
+        self.outer = nn.Linear(inner, width)
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        """`[T, E]` → `[T, E]`."""
+        return ops.gelu_ffn(
+            x_TE,
+            self.inner.weight,
+            self.inner.bias,
+            self.outer.weight,
+            self.outer.bias,
+            approximate=self.approximate,
+        )
+
+
+class AddNorm(nn.Module):
+    """LayerNorm(dropout(x) + residual)."""
+
+    def __init__(self, width: int, eps: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.eps, self.dropout = eps, dropout
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_TE: Tensor, residual_TE: Tensor | None = None) -> Tensor:
+        """The norm alone: what a post-norm layer hands on."""
+        return self._call(x_TE, residual_TE, return_sum=False)
+
+    def with_sum(self, x_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm and the sum under it: a pre-norm layer hands on both."""
+        return self._call(x_TE, residual_TE, return_sum=True)
+
+    def _call(self, x: Tensor, residual: Tensor | None, return_sum: bool):  # type: ignore[no-untyped-def]
+        return ops.add_layer_norm(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_sum=return_sum,
+        )

@@ -1,0 +1,95 @@
+"""Losses, each over real tokens only: padding is never scored.
+
+All are float32 means, as transformers computes them; −100 marks a token without a label. Shapes
+are packed: one row per token `[T, ...]` or per sequence `[B, ...]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bertgpt.packing import PackedBatch, pad
+
+IGNORE = -100
+
+
+def token_labels(name: str, labels: Tensor, batch: PackedBatch) -> Tensor:
+    """Labels of a batch's tokens `[T]`, from `[T]`, or from the padded `[B, L]` it came from.
+
+    Raises:
+        ValueError: the labels have the shape of neither.
+    """
+    tokens = batch.values.shape[0]
+    if batch.grid is not None and labels.shape == batch.grid.shape:
+        return batch.grid.select(labels)
+    if batch.grid is None and labels.shape == (tokens,):
+        return labels
+    expected = [tokens] if batch.grid is None else list(batch.grid.shape)
+    raise ValueError(f"{name} must have shape {expected}, not {list(labels.shape)}")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of `logits` `[N, C]` against `labels` `[N]`, −100 ignored."""
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels must have shape {[logits.shape[0]]}, not {list(labels.shape)}")
+    return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, batch: PackedBatch) -> Tensor:
+    """Each token against its successor's label; a sequence's last token has none."""
+    successors = torch.full_like(labels, IGNORE)
+    successors[:-1] = labels[1:]
+    ends = batch.cu_seqlens[1:].long()[batch.cu_seqlens.diff() > 0] - 1
+    successors[ends] = IGNORE
+    return cross_entropy(logits, successors)
+
+
+def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """Regression, single-label or multi-label loss of `logits` `[B, num_labels]`.
+
+    `config.problem_type` says which; where it is None, one label means regression, and integer
+    labels mean a single label.
+
+    Raises:
+        ValueError: `config.problem_type` is none of the three.
+    """
+    problem = config.problem_type
+    if problem is None:
+        integers = labels.dtype in (torch.int32, torch.int64)
+        single = "single_label_classification" if integers else "multi_label_classification"
+        problem = "regression" if config.num_labels == 1 else single
+    if problem == "regression":
+        return F.mse_loss(logits.squeeze().float(), labels.squeeze().float())
+    if problem == "single_label_classification":
+        return cross_entropy(logits, labels.view(-1))
+    if problem == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+    raise ValueError(
+        f"config.problem_type {problem!r} is unknown: use regression, single_label_classification "
+        "or multi_label_classification"
+    )
+
+
+def span_loss(
+    logits: Tensor, start_positions: Tensor, end_positions: Tensor, batch: PackedBatch
+) -> Tensor:
+    """Mean of both ends' cross-entropy over each sequence's own tokens.
+
+    Args:
+        logits: `[T, 2]`, scores as start and as end.
+        start_positions: `[B]` (or `[B, 1]`) columns of the padded row, or positions in the packed
+            sequence; outside the row they are ignored.
+        end_positions: likewise.
+        batch: the tokens' batch.
+    """
+    scores = pad(logits.float(), batch, fill=torch.finfo(torch.float32).min)
+    length = scores.shape[1]
+    losses = [
+        F.cross_entropy(scores[..., i], place.view(-1).clamp(0, length), ignore_index=length)
+        for i, place in enumerate((start_positions, end_positions))
+    ]
+    return (losses[0] + losses[1]) / 2

@@ -1,0 +1,300 @@
+"""What every model shares: a configuration, fresh weights, and loading and saving both."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from bertgpt import checkpoint
+from bertgpt.layers import ACTIVATIONS, AddNorm
+
+Config = TypeVar("Config", bound="PretrainedConfig")
+Model = TypeVar("Model", bound="PreTrainedModel")
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(init=False, eq=False)
+class PretrainedConfig:
+    """Fields common to both families, under Hugging Face's names and with its defaults.
+
+    Keys that are not fields are kept as attributes and written back, so that a folder that passes
+    through here loses nothing.
+    """
+
+    model_type: ClassVar[str] = ""
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    architectures: list[str] | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+    problem_type: str | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    def __init__(self, **values: Any) -> None:
+        for known in fields(self):
+            setattr(self, known.name, copy.copy(values.pop(known.name, known.default)))
+        self._unknown: list[str] = []
+        labels = values.pop("num_labels", None)
+        for name, value in values.items():
+            if name not in ("model_type", *self.attribute_map):
+                self._unknown.append(name)
+            setattr(self, name, value)
+        if self.id2label is not None:
+            self.id2label = {int(i): name for i, name in self.id2label.items()}
+        if labels is not None and labels != self.num_labels:
+            self.num_labels = labels
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "model_type":
+            super().__setattr__(self.attribute_map.get(name, name), value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).attribute_map:
+            return getattr(self, type(self).attribute_map[name])
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, 2 unless labels are named."""
+        return 2 if self.id2label is None else len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        self.id2label = {i: f"LABEL_{i}" for i in range(count)}
+        self.label2id = {name: i for i, name in self.id2label.items()}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any], **overrides: Any) -> Config:
+        """A configuration from Hugging Face's keys; `overrides` win.
+
+        Raises:
+            ValueError: the keys say that they belong to another kind of model.
+        """
+        kind = values.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"this config's model_type is {kind!r}, not {cls.model_type!r}")
+        return cls(**{**values, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and every unknown key, ready for config.json."""
+        names = [known.name for known in fields(self)] + self._unknown
+        values = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        if self.id2label is None:
+            del values["id2label"], values["label2id"]
+        return {**values, "model_type": self.model_type}
+
+    @classmethod
+    def from_pretrained(cls: type[Config], path_or_id: PathLike, **overrides: Any) -> Config:
+        """Reads config.json of a folder or a hub model.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is broken or of another kind of model.
+        """
+        file = checkpoint.resolve_folder(path_or_id) / checkpoint.CONFIG
+        values = checkpoint.read_json(file, "it is needed to know the model's shape")
+        try:
+            return cls.from_dict(values, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def save_pretrained(self, path: PathLike) -> None:
+        """Writes config.json into a folder, made if absent."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        checkpoint.write_config(Path(path), self.to_dict())
+
+
+def require(condition: bool, field: str, value: Any, instead: str) -> None:
+    """Refuses a configuration or argument by name.
+
+    Raises:
+        ValueError: `condition` is False.
+    """
+    if not condition:
+        raise ValueError(f"{field}={value!r} is not something bertgpt does: {instead}")
+
+
+def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> None:
+    """Refuses what no model here does.
+
+    Raises:
+        ValueError: the width does not split into heads, or the activation has no op.
+    """
+    require(
+        heads > 0 and width % heads == 0,
+        "num_attention_heads",
+        heads,
+        f"it must divide hidden_size, {width}",
+    )
+    activation = getattr(config, activation_field)
+    require(
+        activation in ACTIVATIONS,
+        activation_field,
+        activation,
+        f"choose one of {', '.join(ACTIVATIONS)}",
+    )
+    require(not config.add_cross_attention, "add_cross_attention", True, "models attend to self")
+    require(
+        not config.output_attentions,
+        "output_attentions",
+        True,
+        "fused attention never forms the weights; use transformers to look at them",
+    )
+
+
+class PreTrainedModel(nn.Module):
+    """Base of all models: weights made, tied, loaded and saved as transformers does.
+
+    Attributes:
+        config_class: its configuration's class.
+        base_model_prefix: name of the headless model inside a headed one.
+        tied_weights: Hugging Face names that share another name's tensor when
+            `config.tie_word_embeddings`.
+    """
+
+    config_class: ClassVar[type[PretrainedConfig]] = PretrainedConfig
+    base_model_prefix: ClassVar[str] = ""
+    tied_weights: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: Any) -> None:
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, "
+                f"not {type(config).__name__}"
+            )
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return next(self.parameters()).dtype
+
+    @property
+    def base_model(self) -> Any:
+        """The headless model inside, or this one."""
+        return getattr(self, self.base_model_prefix, self)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings."""
+        return self.base_model.embeddings.word_embeddings
+
+    def tie_weights(self) -> None:
+        """Makes tied weights one tensor again (a head with such weights says how)."""
+
+    def post_init(self) -> None:
+        """Fills all weights in as Hugging Face does, and ties them."""
+        self._initialise({name for name, _ in self.named_parameters()})
+        self.tie_weights()
+
+    def _standard_deviation(self, name: str) -> float:
+        return self.config.initializer_range
+
+    @torch.no_grad()
+    def _initialise(self, names: set[str]) -> None:
+        """Normal weights; zero biases and padding words; LayerNorms that change nothing."""
+        for path, module in self.named_modules():
+            for name, weight in module.named_parameters(path, recurse=False):
+                full = f"{path}.{name}" if path else name
+                if full not in names:
+                    continue
+                if name.endswith("bias"):
+                    weight.zero_()
+                elif isinstance(module, AddNorm):
+                    weight.fill_(1.0)
+                else:
+                    weight.normal_(0.0, self._standard_deviation(full))
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    weight[module.padding_idx].zero_()
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_id: PathLike,
+        *,
+        allow_pickle: bool = False,
+        dtype: torch.dtype | None = None,
+        config: PretrainedConfig | None = None,
+        **overrides: Any,
+    ) -> Model:
+        """Loads a Hugging Face folder or hub model, on the CPU and in eval mode.
+
+        Weights that the checkpoint's kind of model does not have (a new task head, BERT's pooler)
+        start fresh, with a warning that names them.
+
+        Args:
+            path_or_id: a folder with config.json and model.safetensors (or shards and their index),
+                or a hub id, for which huggingface_hub must be installed.
+            allow_pickle: whether pytorch_model.bin may be opened where there is no safetensors.
+            dtype: the weights' dtype; by default that of the checkpoint.
+            config: used instead of the folder's.
+            **overrides: config fields to change, such as `num_labels=3`.
+
+        Raises:
+            FileNotFoundError: no folder, config.json, weights or shard.
+            ValueError: a file is broken, its tensors do not fit the config, some are missing, or
+                the config asks for what bertgpt does not do.
+            TypeError: an override is no field of the config.
+        """
+        folder = checkpoint.resolve_folder(path_or_id, allow_pickle=allow_pickle)
+        known = {known.name for known in fields(cls.config_class)} | {"num_labels"}
+        odd = sorted(set(overrides) - known - set(cls.config_class.attribute_map))
+        if odd:
+            raise TypeError(f"{odd[0]!r} is no field of {cls.config_class.__name__}")
+        if config is None:
+            config = cls.config_class.from_pretrained(folder, **overrides)
+        stored = checkpoint.read_headers(folder, allow_pickle=allow_pickle)
+        with torch.device("meta"):
+            model = cls(config)
+        tied = cls.tied_weights if config.tie_word_embeddings else {}
+        found, missing = checkpoint.match_names(
+            stored, model.state_dict(), f"{cls.base_model_prefix}.", tied
+        )
+        if dtype is None:
+            dtype = next((entry.dtype for entry in found.values()), torch.float32)
+        model = model.to(dtype).to_empty(device="cpu")
+        model.tie_weights()
+        unfilled = model.load_state_dict(checkpoint.read_tensors(found), strict=False)
+        if missing:
+            model._initialise(set(unfilled.missing_keys) - set(tied))
+            warnings.warn(
+                f"{folder} has no weights for {', '.join(missing)}: they start fresh, train them "
+                "before use",
+                stacklevel=2,
+            )
+        return model.eval()
+
+    def save_pretrained(self, path: PathLike) -> None:
+        """Writes config.json and model.safetensors, which stock transformers loads.
+
+        Args:
+            path: the folder, made if absent.
+        """
+        tied = self.tied_weights if self.config.tie_word_embeddings else {}
+        state = {name: t for name, t in self.state_dict().items() if name not in tied}
+        values = self.config.to_dict()
+        values.pop("torch_dtype", None)
+        values["dtype"] = str(self.dtype).removeprefix("torch.")
+        values["architectures"] = [type(self).__name__]
+        checkpoint.write_folder(Path(path), values, state)
+
+    def _finish(self, output: Any, return_dict: bool | None) -> Any:
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
