@@ -11,10 +11,11 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,15 +68,23 @@ def triton_backend(module: str, run: Callable[..., Any]) -> Backend:
     """
 
     def execute(**call: Any) -> Any:
-        return run(importlib.import_module(f"bertgpt.kernels.{module}"), **call)
+        device = device_of(call)
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return run(_kernels(module), **call)
 
     def refusal(**call: Any) -> str | None:
-        reason = _no_triton() or _triton_cannot(call)
-        if reason is not None:
-            return reason
-        return importlib.import_module(f"bertgpt.kernels.{module}").unsupported(**call)
+        return _no_triton() or _triton_cannot(call) or _kernels(module).unsupported(**call)
 
     return Backend(execute, refusal)
+
+
+@cache
+def _kernels(module: str) -> ModuleType:
+    """`bertgpt.kernels.<module>`; Triton's interpreter is mended first where it is in use."""
+    if importlib.import_module("bertgpt.kernels.device").interpreting():
+        importlib.import_module("bertgpt.kernels.interpreter").repair_bfloat16()
+    return importlib.import_module(f"bertgpt.kernels.{module}")
 
 
 @cache
@@ -95,9 +104,7 @@ def _triton_cannot(call: Call) -> str | None:
     if first.dtype == torch.float64:
         return "float64 is for the torch and reference backends"
     if first.device.type == "cpu":
-        import triton
-
-        if not triton.knobs.runtime.interpret:
+        if not importlib.import_module("bertgpt.kernels.device").interpreting():
             return "the tensors are on the CPU (only TRITON_INTERPRET=1 runs Triton there)"
     elif first.device.type != "cuda":
         return f"the tensors are on {first.device}, Triton needs a CUDA device"
