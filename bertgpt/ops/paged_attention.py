@@ -1,0 +1,245 @@
+"""`paged_attention`: attention of each sequence's newest tokens to its keys, which lie in pages.
+
+Reading order: the public function, its checks, what the registered operator runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertgpt import portable, reference
+from bertgpt.ops import _checks as checks
+from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, triton_backend
+from bertgpt.ops.paged_write import check_pages, without_gradient
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = 1,
+    causal: bool = True,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention over paged keys: one new token a sequence, or a chunk of several.
+
+    The keys of the chunk itself must have been written first. Query i of a chunk of n sits on key
+    lengths − n + i; `causal` and `window` count from there. Query head h reads KV head
+    h // (H // K). Carries no gradient. Under autocast q takes the pages' dtype.
+
+    Args:
+        q: New queries, [T, H, D]; float16, bfloat16, float32 or float64.
+        k_pages: Keys, [P, K, N, D], pages of N tokens, H % K == 0; dtype and device of q. Slots
+            that hold no key of a sequence may hold anything.
+        v_pages: Values, like k_pages.
+        page_table: int32 or int64 [B, max_pages], each sequence's pages in order. Entries past a
+            sequence's last page are ignored, whatever they hold.
+        lengths: int32 or int64 [B], keys of each sequence, this chunk's included.
+        cu_seqlens_q: int32 or int64 [B + 1], where each sequence's chunk starts, and T at the end;
+            None means one token a sequence, T = B.
+        max_seqlen_q: At least the longest chunk; None computes it (one sync on a GPU).
+        causal: Query i sees no key past its own.
+        window: (left, right): keys within that many places of the query's own; −1 is unbounded.
+        scale: Factor on the scores; None means 1/√D.
+        return_lse: Also return the log-sum-exp of each query's scores.
+        backend: "cuda", "triton", "torch" or "reference"; None takes the first that can.
+
+    Returns:
+        out like q; with `return_lse` also float32 lse [H, T], natural logarithm. A query that sees
+        no key, such as that of a sequence of length 0, gives zeros and −inf.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, device or length is wrong, a chunk is longer than its sequence, a
+            sequence is longer than its row of the page table, or the backend is unknown.
+        IndexError: The id of a page in use lies outside 0 … P − 1.
+        BackendUnavailable: The backend asked for refuses this call.
+        Values of index tensors on a GPU are checked under `strict()` alone; elsewhere lengths are
+        held inside the table and pages out of range are skipped.
+
+    Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+        PagedAttention", 2023; Dao et al., "Flash-Decoding", 2023, for the split kernel.
+    """
+    out, lse = _OP(
+        _check(
+            q, k_pages, v_pages, page_table, lengths, cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q, causal=causal, window=window, scale=scale,
+            return_lse=return_lse, backend=backend,
+        )
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = 1,
+    causal: bool = True,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Everything that shapes and dtypes can tell; returns the registered operator's arguments."""
+    check_backend(backend)
+    window_left, window_right = checks.check_window(window)
+    check_pages(k_pages, v_pages)
+    checks.check_tensor("q", q, rank=3)
+    q = without_gradient(q, k_pages)
+    checks.check_like("q", q, "k_pages", k_pages)
+    _check_heads(q, k_pages)
+    _check_sequences(q, page_table, lengths, cu_seqlens_q, max_seqlen_q)
+    return {
+        "q": q,
+        "k_pages": without_gradient(k_pages, k_pages),
+        "v_pages": without_gradient(v_pages, v_pages),
+        "page_table": page_table,
+        "lengths": lengths,
+        "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": max_seqlen_q,
+        "causal": bool(causal),
+        "window": [window_left, window_right],
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "return_lse": bool(return_lse),
+        "backend": backend,
+    }
+
+
+def _check_heads(q: Tensor, k_pages: Tensor) -> None:
+    if q.shape[2] != k_pages.shape[3]:
+        raise ValueError(f"q has head_dim {q.shape[2]} but the pages have {k_pages.shape[3]}")
+    if q.shape[1] % k_pages.shape[1]:
+        raise ValueError(
+            f"{q.shape[1]} query heads must be a multiple of {k_pages.shape[1]} KV heads"
+        )
+
+
+def _check_sequences(
+    q: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+) -> None:
+    checks.check_index("page_table", page_table, rank=2)
+    checks.check_index("lengths", lengths, rank=1)
+    checks.check_shape("lengths", lengths, page_table.shape[:1], "[B], a row of page_table each")
+    checks.check_device("page_table", page_table, "q", q)
+    checks.check_device("lengths", lengths, "q", q)
+    if max_seqlen_q is not None and max_seqlen_q < 0:
+        raise ValueError(f"max_seqlen_q must not be negative, it is {max_seqlen_q}")
+    if cu_seqlens_q is None:
+        if max_seqlen_q not in (1, None):
+            raise ValueError(f"max_seqlen_q {max_seqlen_q} needs cu_seqlens_q beside it")
+        if q.shape[0] != lengths.shape[0]:
+            raise ValueError(
+                f"q holds {q.shape[0]} tokens for {lengths.shape[0]} sequences; without "
+                "cu_seqlens_q each sequence has one"
+            )
+        return
+    checks.check_index("cu_seqlens_q", cu_seqlens_q, rank=1)
+    checks.check_shape(
+        "cu_seqlens_q", cu_seqlens_q, (lengths.shape[0] + 1,), "[B + 1], beside lengths [B]"
+    )
+    checks.check_device("cu_seqlens_q", cu_seqlens_q, "q", q)
+
+
+def _check_values(call: Call) -> None:
+    """What only the values of the index tensors can tell."""
+    page_table, lengths = call["page_table"], call["lengths"]
+    pages, _, page_size, _ = call["k_pages"].shape
+    keys = page_table.shape[1] * page_size
+    checks.check_range("lengths", lengths, 0, keys, ValueError)
+    entry = torch.arange(page_table.shape[1], device=page_table.device)
+    used = page_table[entry * page_size < lengths[:, None]]
+    checks.check_range("page_table", used, 0, pages - 1, IndexError)
+    if call["cu_seqlens_q"] is None:
+        return
+    chunks = checks.check_cu_seqlens("cu_seqlens_q", call["cu_seqlens_q"], call["q"].shape[0])
+    given = call["max_seqlen_q"]
+    if given is not None and given < max(chunks, default=0):
+        raise ValueError(f"max_seqlen_q is {given}, but a chunk has {max(chunks)} tokens")
+    for b, (chunk, length) in enumerate(zip(chunks, lengths.tolist(), strict=True)):
+        if chunk > length:
+            raise ValueError(
+                f"sequence {b} has a chunk of {chunk} tokens but length {length}; lengths count "
+                "the chunk"
+            )
+
+
+def _longest(cu_seqlens_q: Tensor | None, given: int | None) -> int:
+    if given is not None:
+        return given
+    if cu_seqlens_q is None:
+        return 1
+    return int(cu_seqlens_q.diff().amax()) if cu_seqlens_q.shape[0] > 1 else 0
+
+
+def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
+    """Calls a backend with what all of them want: unit last strides and the longest chunk."""
+    for name in ("q", "k_pages", "v_pages"):
+        if call[name].stride(-1) != 1:
+            call[name] = call[name].contiguous()
+    call["max_seqlen_q"] = _longest(call["cu_seqlens_q"], call["max_seqlen_q"])
+    call["window"] = tuple(call["window"])
+    result = function(**call)
+    return result if call["return_lse"] else (result, _no_lse(call["q"]))
+
+
+def _no_lse(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=torch.float32)
+
+
+def _run_triton(kernels: Any, **call: Any) -> tuple[Tensor, Tensor]:
+    def launch(**arguments: Any) -> Any:
+        out, lse = kernels.paged_attention(**arguments)
+        return (out, lse) if arguments["return_lse"] else out
+
+    return _run(launch, **call)
+
+
+def _fake(call: Call) -> tuple[Tensor, Tensor]:
+    q = call["q"]
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse if call["return_lse"] else _no_lse(q)
+
+
+_OP = Op(
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths,"
+    " Tensor? cu_seqlens_q, SymInt? max_seqlen_q, bool causal, int[] window, float scale,"
+    " bool return_lse, str? backend) -> (Tensor, Tensor)",
+    check=_check,
+    check_values=_check_values,
+    backends={
+        "triton": triton_backend("paged_attention", _run_triton),
+        "torch": Backend(lambda **call: _run(portable.paged_attention, **call)),
+        "reference": Backend(lambda **call: _run(reference.paged_attention, **call)),
+    },
+    fake=_fake,
+)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.paged_attention)
+def paged_attention_flops(q: Any, k_pages: Any, v_pages: Any, page_table: Any, *args: Any,
+                          **kwargs: Any) -> int:  # fmt: skip
+    """4 · T · keys · H · D, with all the keys the table has room for: an upper bound.
+
+    Lengths are on the device.
+    """
+    tokens, heads, head_dim = q
+    return 4 * tokens * page_table[1] * k_pages[2] * heads * head_dim

@@ -1,0 +1,146 @@
+"""`paged_write`: stores new keys and values in the pages of a KV cache, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertgpt import portable, reference
+from bertgpt.ops import _checks as checks
+from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, triton_backend
+from bertgpt.ops.attention import MAX_HEAD_DIM
+
+
+def paged_write(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Writes each token's key and value to its slot: page slot // N, place slot % N.
+
+    Carries no gradient. Under autocast k and v take the pages' dtype.
+
+    Args:
+        k: New keys, [T, K, D]; float16, bfloat16, float32 or float64.
+        v: New values, shaped like k.
+        k_pages: [P, K, N, D], pages of N tokens; dtype and device of k; changed in place. Any
+            strides with a unit last one.
+        v_pages: Like k_pages.
+        slots: int32 or int64 [T], page · N + place in the page. A negative slot skips its token;
+            of tokens with the same slot the last one stays.
+        backend: "cuda", "triton", "torch" or "reference"; None takes the first that can.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, stride or device is wrong, or the backend is unknown.
+        IndexError: A slot lies past the last page. Seen on a CPU and under `strict()`; elsewhere
+            such a token is skipped.
+        BackendUnavailable: The backend asked for refuses this call.
+        In each case nothing has been written.
+
+    Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+        PagedAttention", 2023.
+    """
+    _OP(_check(k, v, k_pages, v_pages, slots, backend=backend))
+
+
+def check_pages(k_pages: Tensor, v_pages: Tensor) -> None:
+    """Both are pages [P, K, N, D] of one shape, dtype and device."""
+    checks.check_tensor("k_pages", k_pages, rank=4)
+    checks.check_tensor("v_pages", v_pages, rank=4)
+    checks.check_like("v_pages", v_pages, "k_pages", k_pages)
+    checks.check_shape("v_pages", v_pages, k_pages.shape, "shaped like k_pages")
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    if kv_heads == 0 or page_size == 0:
+        raise ValueError(f"pages are [P, K, N, D] with K, N ≥ 1, not {tuple(k_pages.shape)}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must lie in 1 … {MAX_HEAD_DIM}, not {head_dim}")
+
+
+def without_gradient(tensor: Tensor, pages: Tensor) -> Tensor:
+    """`tensor` outside autograd and, under autocast, in the pages' dtype."""
+    if tensor.dtype != pages.dtype and torch.is_autocast_enabled(tensor.device.type):
+        tensor = tensor.to(pages.dtype)
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _check(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    *,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Everything that shapes and dtypes can tell; returns the registered operator's arguments."""
+    check_backend(backend)
+    check_pages(k_pages, v_pages)
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        _check_writable(name, pages)
+    values = {"k": k, "v": v}
+    for name, value in values.items():
+        checks.check_tensor(name, value, rank=3)
+        values[name] = without_gradient(value, k_pages)
+        checks.check_like(name, values[name], "k_pages", k_pages)
+        shape = (k.shape[0], k_pages.shape[1], k_pages.shape[3])
+        checks.check_shape(name, value, shape, "[T, K, D] with the pages' K and D")
+    checks.check_index("slots", slots, rank=1)
+    checks.check_shape("slots", slots, (k.shape[0],), "[T]")
+    checks.check_device("slots", slots, "k", k)
+    return {
+        **values,
+        "k_pages": without_gradient(k_pages, k_pages),
+        "v_pages": without_gradient(v_pages, v_pages),
+        "slots": slots,
+        "backend": backend,
+    }
+
+
+def _check_writable(name: str, pages: Tensor) -> None:
+    """A copy of the pages would be written in vain, so their layout must do as it is."""
+    for size, stride in zip(pages.shape, pages.stride(), strict=True):
+        if size > 1 and stride == 0:
+            raise ValueError(f"{name} is expanded (strides {pages.stride()}); it is written to")
+    if pages.shape[-1] > 1 and pages.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have last stride 1, not strides {pages.stride()}: it is written in place"
+        )
+
+
+def _check_values(call: Call) -> None:
+    slots, (pages, _, page_size, _) = call["slots"], call["k_pages"].shape
+    if slots.numel() and (largest := int(slots.max())) >= pages * page_size:
+        raise IndexError(
+            f"slots holds {largest}, but {pages} pages of {page_size} tokens have slots below "
+            f"{pages * page_size}"
+        )
+
+
+def _run_triton(kernels: Any, **call: Any) -> None:
+    for name in ("k", "v"):
+        if call[name].stride(-1) != 1:
+            call[name] = call[name].contiguous()
+    kernels.paged_write(**call)
+    # Autograd counts writes through torch by itself, but does not see a kernel's.
+    torch.autograd.graph.increment_version((call["k_pages"], call["v_pages"]))
+
+
+_OP = Op(
+    "paged_write(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots,"
+    " str? backend) -> ()",
+    check=_check,
+    check_values=_check_values,
+    backends={
+        "triton": triton_backend("paged_write", _run_triton),
+        "torch": Backend(portable.paged_write),
+        "reference": Backend(reference.paged_write),
+    },
+    fake=lambda call: None,
+)
