@@ -125,3 +125,21 @@ def _keep(
         keep_RG4 = torch.stack([word >= threshold for word in words], dim=-1)
         keep_RC[part] = keep_RG4.flatten(1)[:, :cols]
     return keep_RC
+
+
+def dropout_rows(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    """Inverted dropout of the rows of x [..., E]: element (row, col), leading dims flattened.
+
+    Args:
+        x: any floating dtype.
+        p: probability of dropping, in [0, 1].
+        seed: 64 bits, as in `philox_words`; looked at only when p > 0.
+
+    Returns:
+        Like x: x / (1 - p) where kept, 0 elsewhere (whatever x holds there); x itself when p = 0.
+    """
+    if p == 0.0 or seed is None:
+        return x
+    rows = math.prod(x.shape[:-1])
+    keep = keep_rows(seed, rows, x.shape[-1], p, device=x.device).view(x.shape)
+    return torch.where(keep, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
