@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.primitives import LN2, LOG2E, packed_span
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_HEAD_DIM = 256
 _SMALLEST_SCALE = 2.0**-126  # keeps scale 0 from turning the -inf of a masked score into NaN
@@ -38,21 +39,43 @@ class Config:
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    descriptors: bool  # keys and values by tensor descriptor (TMA), else by pointer
 
 
-def pick_config(capability: int, head_dim: int, dtype_bytes: int, masked: bool) -> Config:
+def pick_config(
+    capability: int, head_dim: int, dtype_bytes: int, *, masked: bool, aligned: bool
+) -> Config:
     """Tile shape for a compute capability (90 = sm_90) and a call.
 
     The lengths and the batch play no part: a sequence's bits don't depend on the batch it is in.
+
+    Args:
+        capability: Compute capability, 80 or more.
+        head_dim: 1 … 256.
+        dtype_bytes: 2 or 4.
+        masked: Whether there is a mask tensor.
+        aligned: Whether a tensor descriptor can describe keys and values.
     """
-    return Config(64, 64, 4, 2)
+    return Config(64, 64, 4, 2, aligned)
 
 
-def unsupported(*, q: torch.Tensor, **call: Any) -> str | None:
+def unsupported(*, q: torch.Tensor, mask: torch.Tensor | None, **call: Any) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
+    if mask is not None and mask.dtype == torch.float64:
+        return "an additive mask in float64 would lose its range: the kernel adds in float32"
     return None
+
+
+@triton.jit
+def _load_tile(desc, ptrs, b, row, h, offset, mask, ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """Keys or values [ROWS, DIMS]: by descriptor, or by pointer where there is none."""
+    if desc is not None:
+        tile = desc.load([b, row.to(tl.int32), h, 0]).reshape(ROWS, DIMS)
+    else:
+        tile = tl.load(ptrs + offset, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -75,68 +98,30 @@ def _softmax_step(scores, m_i, l_i, scale_log2, NATURAL: tl.constexpr):
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
-@triton.jit
-def _load_tile(ptrs, rows_in_range, dims_in_range, ALL_ROWS: tl.constexpr, ALL_DIMS: tl.constexpr):
-    """A [rows, BLOCK_D] tile, zero outside the rows and dims in range."""
-    if ALL_ROWS and ALL_DIMS:
-        return tl.load(ptrs)
-    if ALL_ROWS:
-        return tl.load(ptrs, mask=dims_in_range[None, :], other=0.0)
-    if ALL_DIMS:
-        return tl.load(ptrs, mask=rows_in_range[:, None], other=0.0)
-    return tl.load(ptrs, mask=rows_in_range[:, None] & dims_in_range[None, :], other=0.0)
-
-
+# fmt: off
 @triton.jit(do_not_specialize=["len_q", "len_k", "num_tiles_m", "window_left", "window_right"])
 def _attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    key_lengths_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    out_ptr,
-    lse_ptr,
-    stride_qb,
-    stride_qm,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    stride_ob,
-    stride_om,
-    stride_oh,
-    stride_lb,
-    stride_lh,
-    len_q,  # L, or all packed query tokens
-    len_k,  # S, or all packed key tokens
-    num_heads,
-    heads_per_kv,
-    num_tiles_m,
+    q_ptr, k_ptr, v_ptr, mask_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse_ptr,
+    k_desc, v_desc,  # [B, S, K, D] or [1, T', K, D]; None: by pointer
+    stride_qb, stride_qm, stride_qh,
+    stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ob, stride_om, stride_oh,
+    stride_lb, stride_lh,
+    len_q, len_k,  # L and S, or all packed tokens
+    num_heads, heads_per_kv, num_tiles_m,
     scale,  # unless NATURAL, its magnitude times log2 e
-    window_left,
-    window_right,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     NATURAL: tl.constexpr,  # statistics in units of e, not of 2
     IS_ADDITIVE: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr,  # else one mask row serves every query
     NEGATE_Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    ALL_DIMS: tl.constexpr = HEAD_DIM == BLOCK_D
+    # fmt: on
     # 1. This program's head and query tile.
     pid_m = tl.program_id(0) % num_tiles_m
     pid_bh = tl.program_id(0) // num_tiles_m
@@ -147,9 +132,11 @@ def _attention_fwd_kernel(
     h_kv = h // heads_per_kv
     start_q = tl.zeros([], tl.int64)
     start_k = tl.zeros([], tl.int64)
+    desc_b = pid_bh // num_heads
     if cu_q_ptr is not None:
         start_q, len_q = packed_span(cu_q_ptr, b, len_q)
         start_k, len_k = packed_span(cu_k_ptr, b, len_k)
+        desc_b = 0
     row_first = pid_m * BLOCK_M
     if row_first >= len_q:
         return
@@ -182,14 +169,17 @@ def _attention_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < len_q
-    mask_d = offs_d < HEAD_DIM
+    mask_d = (offs_d < HEAD_DIM)[None, :]
+    if HEAD_DIM == BLOCK_D:
+        mask_d = tl.full([1, BLOCK_D], True, tl.int1)  # a constant, which folds away
     q_base = q_ptr + b * stride_qb + start_q * stride_qm + h * stride_qh
     k_base = k_ptr + b * stride_kb + start_k * stride_kn + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + start_k * stride_vn + h_kv * stride_vh
     q_ptrs = q_base + offs_m[:, None].to(tl.int64) * stride_qm + offs_d[None, :]
     k_ptrs = k_base + offs_n[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
     v_ptrs = v_base + offs_n[:, None].to(tl.int64) * stride_vn + offs_d[None, :]
-    q = _load_tile(q_ptrs, mask_m, mask_d, False, ALL_DIMS)  # [BLOCK_M, BLOCK_D]
+    h_kv = h_kv.to(tl.int32)
+    q = tl.load(q_ptrs, mask=mask_m[:, None] & mask_d, other=0.0)  # [BLOCK_M, BLOCK_D]
     if NEGATE_Q:
         q = -q
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -199,25 +189,33 @@ def _attention_fwd_kernel(
     # 4. Tiles that every row sees whole: nothing to mask.
     if mask_ptr is None:
         for tile in tl.range(full_first, full_first + full_count):
-            start_n = tl.full([], tile * BLOCK_N, tl.int64)
-            k = _load_tile(k_ptrs + start_n * stride_kn, mask_m, mask_d, True, ALL_DIMS)
+            n = tl.full([], tile * BLOCK_N, tl.int64)
+            k = _load_tile(
+                k_desc, k_ptrs, desc_b, start_k + n, h_kv, n * stride_kn, mask_d, BLOCK_N, BLOCK_D
+            )
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if NATURAL:
                 scores *= scale
             p, alpha, m_i, l_i = _softmax_step(scores, m_i, l_i, scale, NATURAL)
-            v = _load_tile(v_ptrs + start_n * stride_vn, mask_m, mask_d, True, ALL_DIMS)
+            v = _load_tile(
+                v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, mask_d, BLOCK_N, BLOCK_D
+            )
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
-    # 5. Edge tiles, on either side of the whole ones. Scores are selected, not multiplied, and
-    # values that no row of the tile sees are zeroed: both may hold NaN.
-    for step in tl.range(tile_first, tile_last - full_count):
+    # 5. Edge tiles, on either side of the whole ones; under a mask tensor, all tiles. Scores are
+    # selected, not multiplied, and values that no row of the tile sees are zeroed: both may be NaN.
+    EDGE_STAGES: tl.constexpr = 1 if mask_ptr is None else None  # a tile or two: no pipeline
+    for step in tl.range(tile_first, tile_last - full_count, num_stages=EDGE_STAGES):
         tile = step
         if mask_ptr is None:
             tile = tl.where(step >= full_first, step + full_count, step)
-        start_n = tl.full([], tile * BLOCK_N, tl.int64)
+        n = tl.full([], tile * BLOCK_N, tl.int64)
         keys = tile * BLOCK_N + offs_n
         seen = (keys >= lo) & (keys < hi)  # [BLOCK_N]
-        k = _load_tile(k_ptrs + start_n * stride_kn, seen, mask_d, False, ALL_DIMS)
+        rows = seen[:, None] & mask_d
+        k = _load_tile(
+            k_desc, k_ptrs, desc_b, start_k + n, h_kv, n * stride_kn, rows, BLOCK_N, BLOCK_D
+        )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if NATURAL:
             scores *= scale
@@ -230,8 +228,8 @@ def _attention_fwd_kernel(
             mask_base = mask_ptr + b * stride_mb + h * stride_mh
             mask_keys = mask_base + keys.to(tl.int64) * stride_mn
             if MASK_PER_QUERY:
-                rows = offs_m.to(tl.int64) * stride_mm
-                allowed = tl.load(mask_keys[None, :] + rows[:, None], mask=visible, other=0)
+                mask_rows = offs_m.to(tl.int64) * stride_mm
+                allowed = tl.load(mask_keys[None, :] + mask_rows[:, None], mask=visible, other=0)
             else:
                 allowed = tl.load(mask_keys, mask=seen, other=0)[None, :]
             if IS_ADDITIVE:
@@ -245,15 +243,18 @@ def _attention_fwd_kernel(
                 seen &= tl.reshape(allowed, [BLOCK_N])
         scores = tl.where(visible, scores, float("-inf"))
         p, alpha, m_i, l_i = _softmax_step(scores, m_i, l_i, scale, NATURAL)
-        v = _load_tile(v_ptrs + start_n * stride_vn, seen, mask_d, False, ALL_DIMS)
+        v = _load_tile(
+            v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, rows, BLOCK_N, BLOCK_D
+        )
+        if v_desc is not None or mask_ptr is not None:
+            v = tl.where(seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
     # 6. A row without a key has l = 0: zeros, and ln 0 = -inf.
     out = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
     out_base = out_ptr + b * stride_ob + start_q * stride_om + h * stride_oh
     out_ptrs = out_base + offs_m[:, None].to(tl.int64) * stride_om + offs_d[None, :]
-    out_mask = mask_m[:, None] & mask_d[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d)
     if lse_ptr is not None:
         unit = 1.0 if NATURAL else LN2
         lse = tl.where(l_i == 0.0, float("-inf"), m_i * unit + tl.log(l_i))
@@ -280,14 +281,14 @@ def attention_fwd(
     """Softmax attention in one pass; arguments as `bertgpt.ops.attention` hands them on, checked.
 
     Args:
-        q: [B, L, H, D], or packed [T, H, D]; float32, float16 or bfloat16.
+        q: [B, L, H, D], or packed [T, H, D]; float32, float16 or bfloat16; unit last stride.
         k: [B, S, K, D], or packed [T', K, D]; query head h reads KV head h // (H // K).
         v: Like k.
         mask: Bool (True attends) or additive, any strides, [B, H, L, S]; padded only.
         key_lengths: [B] integers; keys at and past it are masked; padded only.
         causal: Mask keys past the diagonal that ends at the last query and the last key.
         window: Keys (left, right) of that diagonal to keep, -1 for all.
-        scale: Factor of the scores.
+        scale: Factor of the scores, of any sign.
         cu_seqlens_q: [B + 1] first query token of each packed sequence, then T; None if padded.
         cu_seqlens_k: The same for keys.
         max_seqlen_q: Longest packed query sequence; rows past it are not computed.
@@ -301,67 +302,57 @@ def attention_fwd(
     heads, dim = q.shape[-2:]
     len_q, len_k = q.shape[-3], k.shape[-3]
     batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
-    longest = max_seqlen_q if packed else len_q
-    assert longest is not None
+    longest = max_seqlen_q if max_seqlen_q is not None else len_q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (heads, len_q) if packed else (batch, heads, len_q)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel() == 0 or len_k == 0 or longest == 0:
         return out.zero_(), lse.fill_(-math.inf) if lse is not None else None
 
-    left, right = window
-    if causal:
-        right = 0
+    left, right = window[0], 0 if causal else window[1]
     left = -1 if left >= len_k - 1 else left  # reaches the first key from the last query
     right = -1 if right >= len_q - 1 and not causal else right
     additive = mask is not None and mask.dtype != torch.bool
     natural = additive or q.dtype == torch.float32
     folded = max(abs(scale) * LOG2E.value, _SMALLEST_SCALE)
     ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    config = pick_config(compute_capability(), dim, q.element_size(), mask is not None)
+    config = pick_config(
+        compute_capability(), dim, q.element_size(),
+        masked=mask is not None, aligned=_describable(k) and _describable(v),
+    )  # fmt: skip
     tiles = triton.cdiv(longest, config.BLOCK_M)
-
+    block_d = max(16, triton.next_power_of_2(dim))
+    descriptors = [
+        _describe(x, [1, config.BLOCK_N, 1, block_d]) if config.descriptors else None for x in (k, v)
+    ]
     _attention_fwd_kernel[(batch * heads * tiles,)](
-        q,
-        k,
-        v,
-        mask,
-        key_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        out,
-        lse,
-        *_strides(q, packed),
-        *_strides(k, packed),
-        *_strides(v, packed),
+        q, k, v, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, out, lse, *descriptors,
+        *_strides(q, packed), *_strides(k, packed), *_strides(v, packed),
         *(mask.stride() if mask is not None else (0, 0, 0, 0)),
-        *_strides(out, packed),
-        *((0, len_q) if packed else (heads * len_q, len_q)),
-        len_q,
-        len_k,
-        heads,
-        heads // k.shape[-2],
-        tiles,
-        scale if natural else folded,
-        left,
-        right,
-        HEAD_DIM=dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        HAS_LEFT=left >= 0,
-        HAS_RIGHT=right >= 0,
-        NATURAL=natural,
-        IS_ADDITIVE=additive,
+        *_strides(out, packed), 0 if packed else heads * len_q, len_q,
+        len_q, len_k, heads, heads // k.shape[-2], tiles,
+        scale if natural else folded, left, right,
+        HEAD_DIM=dim, BLOCK_D=block_d, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, NATURAL=natural, IS_ADDITIVE=additive,
         MASK_PER_QUERY=mask is not None and mask.stride(2) != 0,
-        NEGATE_Q=scale < 0 and not natural,
-        PRECISION="ieee" if ieee else "tf32",
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        NEGATE_Q=scale < 0 and not natural, PRECISION="ieee" if ieee else "tf32",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out, lse
 
 
 def _strides(x: torch.Tensor, packed: bool) -> tuple[int, ...]:
     """Strides of batch, token and head; packed sequences are reached by their first token."""
     return (0, *x.stride()[:2]) if packed else x.stride()[:3]
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """Whether x meets what a tensor descriptor asks of addresses, strides and coordinates."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return all(s > 0 and s % 16 == 0 for s in (x.data_ptr(), *steps)) and x.shape[-3] < 2**31
+
+
+def _describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """Descriptor of [B, S, K, D] or, packed, [1, T', K, D]; it reads zeros past either end."""
+    x = x if x.dim() == 4 else x.unsqueeze(0)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
