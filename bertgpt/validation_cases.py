@@ -1,0 +1,137 @@
+"""Small calls of every op, with the features that kernels get wrong, for `bertgpt validate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_RAGGED = (0, 1, 37, 64, 65)  # lengths of a packed batch: empty, single, prime, a tile, one more
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op; tensors on the CPU, floats in the dtype asked for."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """The same call with every tensor replaced by change(tensor)."""
+        return replace(
+            self,
+            args=tuple(_apply(value, change) for value in self.args),
+            kwargs={name: _apply(value, change) for name, value in self.kwargs.items()},
+        )
+
+
+def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return change(value) if isinstance(value, Tensor) else value
+
+
+class _Maker:
+    """Reproducible tensors of one dtype."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype)
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+
+def _attention(make: _Maker) -> Iterator[Sample]:
+    padded: list[dict[str, Any]] = [
+        {},
+        {"return_lse": True},
+        {"causal": True, "return_lse": True},
+        {"window": (7, 3)},
+        {"key_lengths": torch.tensor([0, 50], dtype=torch.int32)},
+        {"mask": make.randint(0, 2, 2, 1, 37, 53).bool(), "causal": True},
+        {"mask": make.randn(1, 4, 1, 53).masked_fill(make.randint(0, 3, 53) == 0, -torch.inf)},
+    ]
+    for dim, kv_heads in ((64, 4), (40, 2), (128, 1)):
+        shape_k = (2, 53, kv_heads, dim)
+        for options in padded:
+            q, k, v = make.randn(2, 37, 4, dim), make.randn(*shape_k), make.randn(*shape_k)
+            yield Sample("attention", (q, k, v), options)
+    cu_seqlens = torch.tensor([0, *accumulate(_RAGGED)], dtype=torch.int32)
+    for causal in (False, True):
+        q, k, v = (make.randn(sum(_RAGGED), 2, 64) for _ in range(3))
+        options = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max(_RAGGED), "causal": causal}
+        yield Sample("attention", (q, k, v), options)
+
+
+def _linear_gelu(make: _Maker) -> Iterator[Sample]:
+    for (rows, width, outputs), approximate in product(
+        ((1, 64, 96), (65, 128, 192), (37, 61, 131)), ("none", "tanh")
+    ):
+        w = make.randn(outputs, width, scale=width**-0.5)
+        bias = make.randn(outputs) if rows > 1 else None
+        args = (make.randn(rows, width), w, bias)
+        yield Sample("linear_gelu", args, {"approximate": approximate})
+
+
+def _gelu_ffn(make: _Maker) -> Iterator[Sample]:
+    for approximate in ("none", "tanh"):
+        w_in, w_out = make.randn(256, 64, scale=0.125), make.randn(64, 256, scale=0.0625)
+        args = (make.randn(3, 37, 64), w_in, make.randn(256), w_out, make.randn(64))
+        yield Sample("gelu_ffn", args, {"approximate": approximate})
+
+
+def _add_layer_norm(make: _Maker) -> Iterator[Sample]:
+    for width, has_residual in product((1, 61, 384, 1601), (False, True)):
+        x = make.randn(5, 7, width)
+        residual = make.randn(5, 7, width) if has_residual else None
+        bias = make.randn(width) if width != 61 else None
+        options = {"eps": 1e-5, "return_sum": has_residual}
+        yield Sample("add_layer_norm", (x, residual, make.randn(width), bias), options)
+
+
+def _paged_write(make: _Maker) -> Iterator[Sample]:
+    for dim in (64, 40):
+        k, v = make.randn(19, 2, dim), make.randn(19, 2, dim)
+        pages = make.randn(6, 2, 16, dim), make.randn(6, 2, 16, dim)
+        slots = torch.randperm(6 * 16, generator=make.generator)[:19]
+        slots[3] = -1
+        yield Sample("paged_write", (k, v, *pages, slots), {})
+
+
+def _paged_attention(make: _Maker) -> Iterator[Sample]:
+    lengths = torch.tensor([1, 37, 0, 64], dtype=torch.int32)
+    chunks = torch.tensor([0, 1, 6, 6, 11], dtype=torch.int32)
+    for dim, kv_heads in ((64, 4), (40, 2), (128, 1)):
+        table = torch.randperm(20, generator=make.generator).to(torch.int32).view(4, 5)
+        pages = make.randn(20, kv_heads, 16, dim), make.randn(20, kv_heads, 16, dim)
+        single: list[dict[str, Any]] = [{}, {"return_lse": True}, {"window": (9, -1)}]
+        for options in single:
+            args = (make.randn(4, 4, dim), *pages, table, lengths)
+            yield Sample("paged_attention", args, options)
+        for causal in (True, False):
+            args = (make.randn(11, 4, dim), *pages, table, lengths)
+            options = {"cu_seqlens_q": chunks, "max_seqlen_q": 5, "causal": causal}
+            yield Sample("paged_attention", args, options)
+
+
+_MAKERS: dict[str, Callable[[_Maker], Iterator[Sample]]] = {
+    "attention": _attention,
+    "linear_gelu": _linear_gelu,
+    "gelu_ffn": _gelu_ffn,
+    "add_layer_norm": _add_layer_norm,
+    "paged_write": _paged_write,
+    "paged_attention": _paged_attention,
+}
+OPS = tuple(_MAKERS)
+
+
+def samples(op: str, dtype: torch.dtype) -> list[Sample]:
+    """The calls of one op, the same at every run."""
+    return list(_MAKERS[op](_Maker(dtype, seed=0)))
