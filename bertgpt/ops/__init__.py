@@ -1,15 +1,21 @@
 """The public ops. Each checks its arguments, picks a backend and runs it; `explain` says which."""
 
 from bertgpt.ops._dispatch import BackendUnavailable, Explanation, explain, strict
+from bertgpt.ops.add_layer_norm import add_layer_norm
 from bertgpt.ops.attention import attention
+from bertgpt.ops.gelu_ffn import gelu_ffn
+from bertgpt.ops.linear_gelu import linear_gelu
 from bertgpt.ops.paged_attention import paged_attention
 from bertgpt.ops.paged_write import paged_write
 
 __all__ = [
     "BackendUnavailable",
     "Explanation",
+    "add_layer_norm",
     "attention",
     "explain",
+    "gelu_ffn",
+    "linear_gelu",
     "paged_attention",
     "paged_write",
     "strict",

@@ -27,6 +27,21 @@ def check_tensor(name: str, value: Any, rank: int | None = None) -> None:
         raise ValueError(f"{name} must have {rank} dimensions, not shape {tuple(value.shape)}")
 
 
+def check_rows(name: str, value: Any) -> None:
+    """`value` is a floating tensor of rows: [..., E]."""
+    check_tensor(name, value)
+    if value.dim() == 0:
+        raise ValueError(f"{name} must be [..., E], not a scalar")
+
+
+def check_parameter(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value`, a weight or bias, has the dtype of `other`, or float32 beside half; its device."""
+    half = other.dtype in (torch.float16, torch.bfloat16)
+    if not (half and value.dtype == torch.float32):
+        check_like(name, value, other_name, other)
+    check_device(name, value, other_name, other)
+
+
 def check_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
     """`value` has exactly `shape`, which the message calls `meaning`."""
     if tuple(value.shape) != tuple(shape):

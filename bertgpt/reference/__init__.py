@@ -1,7 +1,17 @@
 """The oracle: each op's definition in plain PyTorch, for any floating dtype up to float64."""
 
+from bertgpt.reference.add_layer_norm import add_layer_norm
 from bertgpt.reference.attention import attention
+from bertgpt.reference.gelu_ffn import gelu_ffn
+from bertgpt.reference.linear_gelu import linear_gelu
 from bertgpt.reference.paged_attention import paged_attention
 from bertgpt.reference.paged_write import paged_write
 
-__all__ = ["attention", "paged_attention", "paged_write"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "gelu_ffn",
+    "linear_gelu",
+    "paged_attention",
+    "paged_write",
+]

@@ -1,0 +1,119 @@
+"""`gelu_ffn`: a Transformer's feed-forward layer, dropout(GELU(x w_inᵀ + b_in) w_outᵀ + b_out)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertgpt import portable, reference
+from bertgpt.ops import _checks as checks
+from bertgpt.ops._autograd import register_recomputed_backward
+from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops.linear_gelu import check_approximate, check_linear
+
+
+def gelu_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    approximate: str = "none",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The feed-forward layer: widen, GELU, narrow, dropout.
+
+    Args:
+        x: [..., E]; float16, bfloat16, float32 or float64.
+        w_in: [F, E] (nn.Linear layout); x's dtype, or float32 beside half x.
+        b_in: [F], dtype as for w_in, or None.
+        w_out: [E', F], dtype as for w_in; E' is E in a Transformer.
+        b_out: [E'], dtype as for w_in, or None.
+        approximate: "none" is the exact z Φ(z) by erf (BERT); "tanh" its tanh form (GPT-2).
+        dropout_p: Probability of dropping an element of the output, in [0, 1].
+        seed: 64 bits that fix the dropout mask by (row, column), rows flattened; None draws them
+            from torch's default generator.
+        backend: "cuda", "triton", "torch" or "reference"; None takes the first that can.
+
+    Returns:
+        [..., E'] in x's dtype, contiguous.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, device or probability is wrong, or the approximation or backend is
+            unknown.
+        BackendUnavailable: The backend asked for refuses this call.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.3, with GELU for ReLU.
+    """
+    call = _check(
+        x, w_in, b_in, w_out, b_out,
+        approximate=approximate, dropout_p=dropout_p, seed=seed, backend=backend,
+    )  # fmt: skip
+    return _OP(call)
+
+
+def _check(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    approximate: str = "none",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    check_backend(backend)
+    check_approximate(approximate)
+    dropout_p = checks.check_dropout(dropout_p)
+    checks.check_rows("x", x)
+    (x,) = checks.autocast(x)  # float32 weights may stay beside it
+    check_linear("w_in", w_in, "b_in", b_in, x, "x", x.shape[-1])
+    check_linear("w_out", w_out, "b_out", b_out, x, "w_in's outputs", w_in.shape[0])
+    return {
+        "x": x, "w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out,
+        "approximate": approximate, "dropout_p": dropout_p,
+        "seed": checks.as_seed(seed, dropout_p),
+        "needs_grad": needs_grad(x, w_in, b_in, w_out, b_out), "backend": backend,
+    }  # fmt: skip
+
+
+def _run(function: Any, **call: Any) -> Tensor:
+    return function(**call).contiguous()
+
+
+def _run_triton(kernels: Any, *, dropout_p: float, seed: Tensor | None, **call: Any) -> Tensor:
+    return kernels.gelu_ffn(**call)
+
+
+def _fake(call: Call) -> Tensor:
+    return call["x"].new_empty((*call["x"].shape[:-1], call["w_out"].shape[0]))
+
+
+_OP = Op(
+    "gelu_ffn(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str approximate,"
+    " float dropout_p, Tensor? seed, bool needs_grad, str? backend) -> Tensor",
+    check=_check,
+    backends={
+        "triton": triton_backend("linear_gelu", _run_triton),
+        "torch": Backend(lambda **call: _run(portable.gelu_ffn, **call)),
+        "reference": Backend(lambda **call: _run(reference.gelu_ffn, **call)),
+    },
+    fake=_fake,
+    differentiable=("x", "w_in", "b_in", "w_out", "b_out"),
+)
+register_recomputed_backward(_OP)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.gelu_ffn)
+def gelu_ffn_flops(x: Any, w_in: Any, b_in: Any, w_out: Any, *args: Any, **kwargs: Any) -> int:
+    """2 · rows · F · (E + E'): two matrix products; GELU is not counted."""
+    return 2 * math.prod(x[:-1]) * (math.prod(w_in) + math.prod(w_out))
