@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bertgpt import objectives, ops
-from bertgpt.bert_encoder import BertConfig, BertModel, BertPreTrainedModel, Ids, Run
+from bertgpt.bert_encoder import BertConfig, BertModel, BertPreTrainedModel, Ids
 from bertgpt.checkpoint import map_keys
-from bertgpt.door import leave
+from bertgpt.door import Run, leave
 from bertgpt.layers import ACTIVATIONS, AddNorm
 from bertgpt.outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from bertgpt.packing import PackedBatch

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertgpt.checkpoint import KeyTable, map_keys
-from bertgpt.door import Limits, enter, leave
+from bertgpt.door import Limits, Run, enter, leave
 from bertgpt.layers import ACTIVATIONS, AddNorm, Embeddings, FeedForward, SelfAttend, SelfAttention
 from bertgpt.outputs import BaseModelOutput
 from bertgpt.packing import PackedBatch
-from bertgpt.pretrained import PretrainedConfig, PreTrainedModel, check_shapes, require
+from bertgpt.pretrained import PretrainedConfig, PreTrainedModel, check_shapes, refuse, require
 
 Ids = Tensor | PackedBatch | None
 
@@ -82,22 +82,6 @@ class BertLayer(nn.Module):
         return self.feed_forward_norm(self.feed_forward(x_TE), x_TE)
 
 
-@dataclass(frozen=True)
-class Run:
-    """An encoded batch: packed last hidden states, and every layer's in the caller's layout."""
-
-    batch: PackedBatch
-    last: Tensor
-    every_layer: tuple[Tensor, ...] | None
-
-
-def refuse(**arguments: Any) -> None:
-    """Raises ValueError for any argument that is given and not False."""
-    for name, value in arguments.items():
-        refused = value is not None and value is not False
-        require(not refused, name, "given", "leave it out, or use transformers for it")
-
-
 class BertPreTrainedModel(PreTrainedModel):
     """Base of the BERT models."""
 
@@ -147,7 +131,9 @@ class BertModel(BertPreTrainedModel):
 
     def encode(self, batch: PackedBatch, every_layer: bool = False) -> tuple[Tensor, ...]:
         """Hidden states `[T, E]`: the last layer's, or the embeddings' and each layer's."""
-        x_TE = self.embeddings_norm(*self.embeddings(batch))
+        x_TE = self.embeddings_norm(
+            *self.embeddings(batch.values, batch.positions(), batch.token_type_ids)
+        )
         x_TE = F.dropout(x_TE, self.config.hidden_dropout_prob, self.training)
         attend, states = SelfAttend(batch), []
         for layer in self.layers:
@@ -203,6 +189,7 @@ class BertModel(BertPreTrainedModel):
             IndexError: an id outside its table.
         """
         refuse(
+            "an encoder attends to its own tokens only; leave it out",
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
@@ -227,10 +214,10 @@ class BertModel(BertPreTrainedModel):
         output_hidden_states: bool | None,
     ) -> Run:
         """What `forward` computes, still packed, for a head to go on from."""
-        refuse(output_attentions=output_attentions)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        refuse(
+            "fused attention never forms the weights; use transformers to look at them",
+            output_attentions=output_attentions,
+        )
         batch = enter(self.limits, *inputs)
-        states = self.encode(batch, output_hidden_states)
-        every = tuple(leave(state, batch) for state in states) if output_hidden_states else None
-        return Run(batch, states[-1], every)
+        every_layer = self._wants_layers(output_hidden_states)
+        return Run.of(batch, self.encode(batch, every_layer), every_layer)

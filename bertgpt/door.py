@@ -85,6 +85,27 @@ def leave(values: Tensor, batch: PackedBatch, fill: float = 0.0) -> Tensor:
     return values if batch.grid is None else pad(values, batch, fill=fill)
 
 
+@dataclass(frozen=True)
+class Run:
+    """A batch that has been through the layers.
+
+    Attributes:
+        batch: the batch.
+        last: its last hidden states, packed `[T, E]`.
+        every_layer: the embeddings and each layer's output in the caller's layout, if asked for.
+    """
+
+    batch: PackedBatch
+    last: Tensor
+    every_layer: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, states: tuple[Tensor, ...], every_layer: bool) -> Run:
+        """From the packed states that a model's layers gave."""
+        kept = tuple(leave(state, batch) for state in states) if every_layer else None
+        return cls(batch, states[-1], kept)
+
+
 def _one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")

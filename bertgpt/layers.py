@@ -67,15 +67,24 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(positions, width)
         self.token_type_embeddings = nn.Embedding(types, width) if types else None
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Words plus types, and positions, each `[T, E]`; their sum is left to the next op."""
-        floating = batch.values.is_floating_point()
-        words = batch.values if floating else self.word_embeddings(batch.values)
+    def forward(
+        self, values: Tensor, positions: Tensor, types: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The two terms, whose sum is left to the next op.
+
+        Args:
+            values: word ids `[T]`, or their embeddings `[T, E]`.
+            positions: `[T]`.
+            types: `[T]`, or None for type 0.
+
+        Returns:
+            Words plus types, and positions, each `[T, E]`.
+        """
+        words = values if values.is_floating_point() else self.word_embeddings(values)
         if self.token_type_embeddings is not None:
-            types = batch.token_type_ids
             table = self.token_type_embeddings.weight
             words = words + (table[0] if types is None else self.token_type_embeddings(types))
-        return words, self.position_embeddings(batch.positions())
+        return words, self.position_embeddings(positions)
 
 
 class SelfAttention(nn.Module):

@@ -116,6 +116,9 @@ class PretrainedConfig:
         checkpoint.write_config(Path(path), self.to_dict())
 
 
+_GIVEN = object()  # stands for an argument too large to print
+
+
 def require(condition: bool, field: str, value: Any, instead: str) -> None:
     """Refuses a configuration or argument by name.
 
@@ -123,7 +126,15 @@ def require(condition: bool, field: str, value: Any, instead: str) -> None:
         ValueError: `condition` is False.
     """
     if not condition:
-        raise ValueError(f"{field}={value!r} is not something bertgpt does: {instead}")
+        shown = f"{field}={value!r}" if value is not _GIVEN else field
+        raise ValueError(f"{shown} is not something bertgpt does: {instead}")
+
+
+def refuse(instead: str, **arguments: Any) -> None:
+    """Raises ValueError for any argument that is given and not False."""
+    for name, value in arguments.items():
+        given = value is not None and value is not False
+        require(not given, name, _GIVEN, instead)
 
 
 def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> None:
@@ -294,6 +305,10 @@ class PreTrainedModel(nn.Module):
         values["dtype"] = str(self.dtype).removeprefix("torch.")
         values["architectures"] = [type(self).__name__]
         checkpoint.write_folder(Path(path), values, state)
+
+    def _wants_layers(self, output_hidden_states: bool | None) -> bool:
+        asked = output_hidden_states
+        return self.config.output_hidden_states if asked is None else bool(asked)
 
     def _finish(self, output: Any, return_dict: bool | None) -> Any:
         wanted = self.config.return_dict if return_dict is None else return_dict

@@ -1,0 +1,197 @@
+"""GPT-2: the decoder's configuration and model, the language model and the classifier on it.
+
+Class names, configuration keys, `forward` arguments, outputs and state-dict keys are those of
+transformers; inside, tokens travel packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bertgpt import generation, objectives
+from bertgpt.door import leave
+from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
+from bertgpt.outputs import LogitsOutput
+from bertgpt.packing import PackedBatch, pad
+
+__all__ = [
+    "GPT2Config",
+    "GPT2ForSequenceClassification",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "GPT2PreTrainedModel",
+]
+
+
+class GPT2LMHeadModel(GPT2PreTrainedModel):
+    """The language model: scores of each next word, by the word embeddings."""
+
+    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.transformer = GPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The decoder over the vocabulary."""
+        return self.lm_head
+
+    def tie_weights(self) -> None:
+        """Shares the word embeddings with the decoder."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.get_input_embeddings().weight
+
+    def forward(
+        self,
+        input_ids: Ids = None,
+        past_key_values: None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Scores `[B, L, V]` (packed: `[T, V]`); the other arguments are `GPT2Model`'s.
+
+        Args:
+            input_ids: as in `GPT2Model.forward`, like all that is not named here.
+            past_key_values: refused.
+            attention_mask: `[B, L]`.
+            token_type_ids: `[B, L]`.
+            position_ids: `[B, L]`.
+            inputs_embeds: `[B, L, E]`.
+            encoder_hidden_states: refused.
+            encoder_attention_mask: refused.
+            labels: the input ids, −100 where there is nothing to predict; each token is scored
+                against the next one's label.
+            use_cache: refused when True.
+            logits_to_keep: score only the last so many columns of a padded batch, or these columns;
+                0 for all.
+            output_attentions: refused when True.
+            output_hidden_states: also return every layer's output.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: as in `GPT2Model.forward`, or `logits_to_keep` beside labels or a
+                `PackedBatch`.
+        """
+        run = self.transformer.run(
+            (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
+            output_hidden_states,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            output_attentions=output_attentions,
+        )
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            if labels is not None or run.batch.grid is None:
+                raise ValueError("logits_to_keep goes with a padded batch and no labels")
+            last = isinstance(logits_to_keep, int)
+            columns = slice(-logits_to_keep, None) if last else logits_to_keep
+            logits, loss = self.lm_head(pad(run.last, run.batch)[:, columns]), None
+        else:
+            packed = self.lm_head(run.last)
+            logits, loss = leave(packed, run.batch), _next_token_loss(packed, labels, run.batch)
+        output = LogitsOutput(loss=loss, logits=logits, hidden_states=run.every_layer)
+        return self._finish(output, return_dict)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> Any:
+        """Continues prompts greedily on a paged key-value cache; see `generation.greedy`."""
+        return generation.greedy(
+            self,
+            prompts,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
+    if labels is None:
+        return None
+    labels = objectives.token_labels("labels", labels, batch)
+    return objectives.next_token_loss(logits, labels, batch)
+
+
+class GPT2ForSequenceClassification(GPT2PreTrainedModel):
+    """Classes of each sequence, read off its last token that is not padding.
+
+    Tokens equal to `config.pad_token_id` count as padding, as in transformers; without one, the
+    last token is taken, which padded tensors allow for one sequence only.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.transformer = GPT2Model(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Ids = None,
+        past_key_values: None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Scores `[B, num_labels]`, with `labels` their loss; the rest is `GPT2Model`'s."""
+        run = self.transformer.run(
+            (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
+            output_hidden_states,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        last = self._last_tokens(run.batch)
+        logits = self.score(run.batch.take(run.last, last))
+        loss = None
+        if labels is not None:
+            loss = objectives.classification_loss(self.config, logits, labels)
+        output = LogitsOutput(loss=loss, logits=logits, hidden_states=run.every_layer)
+        return self._finish(output, return_dict)
+
+    def _last_tokens(self, batch: PackedBatch) -> Tensor:
+        """Row of each sequence's last token that is not padding, else of its first, `[B]`."""
+        padding, starts = self.config.pad_token_id, batch.cu_seqlens[:-1].long()
+        if padding is None and batch.grid is not None and len(batch) > 1:
+            raise ValueError(
+                "config.pad_token_id is None: set it, pass one sequence, or pass a PackedBatch"
+            )
+        if padding is None or batch.values.is_floating_point():
+            return batch.cu_seqlens[1:].long() - 1
+        tokens = batch.values.shape[0]
+        rows = torch.arange(tokens, device=starts.device)
+        owner = torch.arange(len(batch), device=starts.device).repeat_interleave(
+            batch.cu_seqlens.diff(), output_size=tokens
+        )
+        kept = torch.where(batch.values == padding, starts[owner], rows)
+        return starts.scatter_reduce(0, owner, kept, "amax")
