@@ -6,6 +6,7 @@ Both read the lengths on the host; on a GPU that is a synchronisation.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -43,14 +44,17 @@ def paged_attention(
                 q.detach(), k_TKD, v_TKD, window=(left, right), scale=scale,
                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
             )  # fmt: skip
-        out_THD = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        lse_TH = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        for rows in _buckets(lengths.tolist()):
-            index = torch.tensor(rows, device=q.device)
-            out_THD[index], lse_TH[index] = _decode(
-                q[index], k_pages, v_pages, page_table[index], lengths[index], left, scale
+        out_BHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        lse_BH = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+        for rows, longest in _buckets(lengths.tolist()):
+            whole = len(rows) == len(q)
+            index = slice(None) if whole else torch.tensor(rows, device=q.device)
+            out_BHD[index], scores_BHS = _decode(
+                q[index], k_pages, v_pages, page_table[index], lengths[index], longest, left, scale
             )
-    return (out_THD, lse_TH.t().contiguous()) if return_lse else out_THD
+            if return_lse:
+                lse_BH[index] = scores_BHS.logsumexp(dim=-1).float()
+    return (out_BHD, lse_BH.t().contiguous()) if return_lse else out_BHD
 
 
 def _pack(pages_PKND: Tensor, page_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,19 +67,23 @@ def _pack(pages_PKND: Tensor, page_table: Tensor, lengths: Tensor) -> tuple[Tens
     return pages_PKND[page_ids, :, position % page_size], starts
 
 
-def _buckets(lengths: list[int]) -> list[list[int]]:
-    """Sequences (by number) of like lengths together; those without keys are left out."""
-    buckets: list[list[int]] = []
-    keys = widest = 0
+def _buckets(lengths: list[int]) -> list[tuple[list[int], int]]:
+    """Sequences (by number) of like lengths together, each time with the longest length.
+
+    Those without keys are left out.
+    """
+    buckets: list[tuple[list[int], int]] = []
+    keys = 0
     for row in sorted((r for r, n in enumerate(lengths) if n), key=lambda r: -lengths[r]):
         keys += lengths[row]
-        padded = widest * (len(buckets[-1]) + 1) if buckets else 0
-        if buckets and padded <= max(keys / _DENSITY, keys + _FREE_PADDING):
-            buckets[-1].append(row)
+        rows, longest = buckets[-1] if buckets else ([], 0)
+        padded = longest * (len(rows) + 1)
+        if rows and padded <= max(keys / _DENSITY, keys + _FREE_PADDING):
+            rows.append(row)
         else:
-            buckets.append([row])
-            keys = widest = lengths[row]
-    return buckets
+            buckets.append(([row], lengths[row]))
+            keys = lengths[row]
+    return [(sorted(rows), longest) for rows, longest in buckets]
 
 
 def _decode(
@@ -84,34 +92,37 @@ def _decode(
     v_pages: Tensor,
     page_table: Tensor,
     lengths: Tensor,
+    longest: int,
     left: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """One query a sequence, on its last key, so that nothing lies to its right: [B, H, D], [B, H].
+    """One query a sequence, on its last key, so that nothing lies to its right.
 
-    Explicit products, because one query a sequence makes the scores small, the fused op slower
-    and its handling of NaN wrong on a CPU.
+    Explicit products: with one query a sequence the scores are small, the fused op is slower, and
+    on a CPU it hides NaN.
+
+    Returns:
+        out [B, H, D] and the scores [B, H, S], −inf where a key is not seen.
     """
     (B, H, D), (K, N) = q_BHD.shape, k_pages.shape[1:3]
     last_B1 = lengths[:, None].long() - 1
-    page = torch.arange(int(last_B1.amax()) // N + 1, device=q_BHD.device)
+    page = torch.arange((longest - 1) // N + 1, device=q_BHD.device)
     page_ids = page_table.gather(1, page.minimum(last_B1 // N)).long()  # past its last page: that
     key = torch.arange(len(page) * N, device=q_BHD.device)
-    dead_B11S = (key > last_B1)[:, None, None]
+    dead_BS = key > last_B1
     if left >= 0:
-        dead_B11S = dead_B11S | (key < last_B1 - left)[:, None, None]
+        dead_BS |= key < last_B1 - left
 
     wide = torch.promote_types(q_BHD.dtype, torch.float32)
     q_BKGD = (q_BHD.to(wide) * scale).view(B, K, H // K, D)
-    k_BKSD = _gather(k_pages, page_ids).to(wide)
-    scores_BKGS = (q_BKGD @ k_BKSD.mT).masked_fill(dead_B11S, -torch.inf)
-    v_BKSD = _gather(v_pages, page_ids).to(wide)
+    scores_BKGS = q_BKGD @ _gather(k_pages, page_ids).to(wide).mT
+    scores_BKGS.masked_fill_(dead_BS[:, None, None], -torch.inf)
     weight_BKGS = scores_BKGS.softmax(dim=-1)
+    v_BKSD = _gather(v_pages, page_ids).to(wide)
     out_BKGD = weight_BKGS @ v_BKSD
-    if not torch.isfinite(out_BKGD.sum()):  # perhaps 0 · NaN from a slot that nobody may read
-        out_BKGD = weight_BKGS @ v_BKSD.where(~dead_B11S.mT, 0)
-    lse_BKG = scores_BKGS.logsumexp(dim=-1)
-    return out_BKGD.reshape(B, H, D).to(q_BHD.dtype), lse_BKG.reshape(B, H).float()
+    if not math.isfinite(out_BKGD.sum()):  # perhaps 0 · NaN from a slot that nobody may read
+        out_BKGD = weight_BKGS @ v_BKSD.masked_fill(dead_BS[:, None, :, None], 0)
+    return out_BKGD.view(B, H, D).to(q_BHD.dtype), scores_BKGS.view(B, H, -1)
 
 
 def _gather(pages_PKND: Tensor, page_ids_BM: Tensor) -> Tensor:
