@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +24,11 @@ def add_layer_norm(
     total = dropout_rows(x, dropout_p, seed)
     if residual is not None:
         total = total + residual
-    # Float32 weights beside half tensors: torch's layer norm wants one dtype, the wider one.
-    bias = None if bias is None else bias.to(weight.dtype)
-    y = F.layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
+    # One dtype for torch's layer norm: float32 where the weight is, and for gradients on a CPU,
+    # where torch would sum a bfloat16 weight's gradient in low precision.
+    wide = weight.dtype
+    if total.device.type == "cpu" and (total.requires_grad or weight.requires_grad):
+        wide = torch.promote_types(wide, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias, eps).to(x.dtype)
     return (y, total) if return_sum else y
