@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -164,7 +164,10 @@ class Op:
         if device_of(call).type != "cuda" or _STRICT.get():
             self.check_values(call)
         backend = self.backends[self.resolve(call)]
-        return backend.run(**{k: v for k, v in call.items() if k not in ("needs_grad", "backend")})
+        with _without_autocast(device_of(call).type):
+            return backend.run(
+                **{k: v for k, v in call.items() if k not in ("needs_grad", "backend")}
+            )
 
     def refusal(self, name: str, call: Call) -> str | None:
         """Why backend `name` cannot run `call`, or None."""
@@ -197,6 +200,13 @@ class Op:
         if _STRICT.get():
             raise BackendUnavailable(f"{message} (strict mode)")
         _warn_once(message)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The check has settled the dtypes; no product inside the operator may take another one."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 @cache
