@@ -15,6 +15,8 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str = "n
     h = F.linear(x, w.to(x.dtype), b)
     y = F.gelu(h, approximate=approximate)
     # torch's vectorised CPU erf-GELU turns +inf into NaN; a sum is the cheapest way to notice.
-    if h.device.type == "cpu" and not math.isfinite(y.detach().sum(dtype=torch.float64)):
+    # (In float32 where y is: converting every element to float64 first costs as much as the GELU.)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    if h.device.type == "cpu" and not math.isfinite(y.detach().sum(dtype=wide)):
         y = torch.where(h == torch.inf, h, y)
     return y
