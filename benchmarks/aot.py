@@ -11,6 +11,7 @@ under another the gate holds and the table is left alone.
 """
 
 import argparse
+import dataclasses
 import difflib
 import importlib
 import multiprocessing
@@ -18,7 +19,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ TABLE = Path(__file__).parent / "results" / "aot.md"
 _HEADER = ("case", "sm", "kernel", "config", "registers", "spills", "shared", "matrix", "SASS")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What one case gave on one architecture."""
 
@@ -62,7 +62,13 @@ def examine(index: int, capability: int) -> Outcome:
         code = machine_code.read(launch.cubin)
         matrix |= set(code.matrix)
         rows.append(
-            (label, str(capability), launch.kernel, _config(launch), *_figures(launch, code))
+            (
+                label,
+                str(capability),
+                launch.kernel,
+                _config(launch, picked),
+                *_figures(launch, code),
+            )
         )
         if code.stack_bytes or code.local_accesses:
             problems.append(f"{launch.kernel} spills ({code.stack_bytes} bytes a thread)")
@@ -91,13 +97,15 @@ def _record_picks(module: Any, picked: set[Any]) -> Any:
     return lambda: setattr(module, "pick_config", original)
 
 
-def _config(launch: Launch) -> str:
-    blocks = [
+def _config(launch: Launch, picked: set[Any]) -> str:
+    """The compile-time choices: what is named BLOCK_…, and the fields of the picked config."""
+    fields = {field.name.upper() for config in picked for field in dataclasses.fields(config)}
+    chosen = [
         f"{name.lower().removeprefix('block_')}{value}"
         for name, value in launch.constants.items()
-        if name.startswith("BLOCK")
+        if name.startswith("BLOCK_") or name in fields
     ]
-    return " ".join([*blocks, f"{launch.num_warps}w", f"{launch.num_stages}s"])
+    return " ".join([*chosen, f"{launch.num_warps}w", f"{launch.num_stages}s"])
 
 
 def _figures(launch: Launch, code: machine_code.MachineCode) -> tuple[str, ...]:

@@ -43,6 +43,16 @@ def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _with_tf32(call: Callable[[], object]) -> object:
+    """The call under the setting that lets float32 products run on tensor cores."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return call()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _matrix(dtype: torch.dtype, wide: dict[int, str] = WIDE_MMA) -> dict[int, str]:
     return NO_MMA if dtype == FP32 else wide  # fp32 means IEEE products: no tensor cores
 
@@ -144,6 +154,13 @@ def _linear_gelu_cases() -> Iterator[Case]:
             partial(_linear_gelu, tokens=16384, dtype=dtype),
             _matrix(dtype),
         )
+    for tokens in (16, 512, 16384):
+        yield Case(
+            "linear_gelu",
+            f"{tokens}×768 erf tf32",
+            partial(_with_tf32, partial(_linear_gelu, tokens=tokens, dtype=FP32)),
+            WIDE_MMA,
+        )
     yield Case(
         "linear_gelu",
         "16384×1001 erf bf16",
@@ -152,7 +169,126 @@ def _linear_gelu_cases() -> Iterator[Case]:
     )
 
 
-CASES: tuple[Case, ...] = (*_attention_cases(), *_linear_gelu_cases())
+def _add_layer_norm(
+    *, width: int, dtype: torch.dtype = BF16, residual: bool = True, return_sum: bool = False
+) -> object:
+    from bertgpt.kernels.add_layer_norm import add_layer_norm
+
+    return add_layer_norm(
+        _meta(16384, width, dtype=dtype),
+        _meta(16384, width, dtype=dtype) if residual else None,
+        _meta(width, dtype=dtype),
+        _meta(width, dtype=dtype),
+        eps=1e-12,
+        return_sum=return_sum,
+    )
+
+
+_WIDTHS = (1, 64, 128, 384, 768, 1024, 1600, 4096, 8192, 16384)
+
+
+def _add_layer_norm_cases() -> Iterator[Case]:
+    for width in _WIDTHS:
+        yield _add_layer_norm_case(f"{width} bf16", {"width": width})
+    yield _add_layer_norm_case("768 fp16", {"width": 768, "dtype": FP16})
+    yield _add_layer_norm_case("768 fp32", {"width": 768, "dtype": FP32})
+    yield _add_layer_norm_case("768 bf16 with sum", {"width": 768, "return_sum": True})
+    yield _add_layer_norm_case("768 bf16 no residual", {"width": 768, "residual": False})
+
+
+def _add_layer_norm_case(name: str, options: dict[str, Any]) -> Case:
+    return Case("add_layer_norm", name, partial(_add_layer_norm, **options), NO_MMA)
+
+
+def _paged_write(
+    *, dim: int = 64, tokens: int = 256, kv_heads: int = 12, dtype: torch.dtype = BF16
+) -> object:
+    from bertgpt.kernels.paged_write import paged_write
+
+    pages = (1024, kv_heads, 64, dim)
+    return paged_write(
+        _meta(tokens, kv_heads, dim, dtype=dtype),
+        _meta(tokens, kv_heads, dim, dtype=dtype),
+        _meta(*pages, dtype=dtype),
+        _meta(*pages, dtype=dtype),
+        _meta(tokens, dtype=torch.int64),
+    )
+
+
+def _paged_write_cases() -> Iterator[Case]:
+    for dim, dtype, tokens in product((16, 64, 80, 128, 256), (BF16, FP32), (256, 16384)):
+        yield Case(
+            "paged_write",
+            f"{tokens} tokens d{dim} {_NAMES[dtype]}",
+            partial(_paged_write, dim=dim, tokens=tokens, dtype=dtype),
+            NO_MMA,
+        )
+
+
+_MAX_KEYS = 16384
+
+
+def _paged_attention(
+    *,
+    dim: int = 64,
+    dtype: torch.dtype = BF16,
+    chunk: int = 1,
+    kv_heads: int = 12,
+    heads: int = 12,
+    page: int = 64,
+    window: tuple[int, int] | None = None,
+) -> object:
+    from bertgpt.kernels.paged_attention import paged_attention
+
+    batch = 64
+    return paged_attention(
+        _meta(batch * chunk, heads, dim, dtype=dtype),
+        _meta(4096, kv_heads, page, dim, dtype=dtype),
+        _meta(4096, kv_heads, page, dim, dtype=dtype),
+        _meta(batch, _MAX_KEYS // page, dtype=torch.int32),
+        _meta(batch, dtype=torch.int32),
+        cu_seqlens_q=_meta(batch + 1, dtype=torch.int32) if chunk > 1 else None,
+        max_seqlen_q=chunk,
+        causal=True,
+        window=window,
+        scale=None,
+        return_lse=False,
+    )
+
+
+def _paged_attention_cases() -> Iterator[Case]:
+    for dim, dtype in product((64, 128, 256), (BF16, FP32)):
+        yield _paged_case("decode", dim, dtype, NARROW_MMA, {})
+    for dim in (64, 128):
+        yield _paged_case("decode GQA 4", dim, BF16, NARROW_MMA, {"kv_heads": 3})
+    yield _paged_case("decode MQA 24", 64, BF16, NARROW_MMA, {"heads": 24, "kv_heads": 1})
+    yield _paged_case("decode", 64, FP16, NARROW_MMA, {})
+    yield _paged_case("decode", 80, BF16, NARROW_MMA, {})
+    yield _paged_case("decode page 16", 64, BF16, NARROW_MMA, {"page": 16})
+    yield _paged_case("decode window", 64, BF16, NARROW_MMA, {"window": (256, -1)})
+    for dim, dtype in product((64, 128, 256), (BF16, FP32)):
+        yield _paged_case("chunk 64", dim, dtype, WIDE_MMA, {"chunk": 64})
+    yield _paged_case("chunk 512", 64, BF16, WIDE_MMA, {"chunk": 512})
+
+
+def _paged_case(
+    name: str, dim: int, dtype: torch.dtype, matrix: dict[int, str], options: dict[str, Any]
+) -> Case:
+    return Case(
+        "paged_attention",
+        f"{name} d{dim} {_NAMES[dtype]}",
+        partial(_paged_attention, dim=dim, dtype=dtype, **options),
+        _matrix(dtype, matrix),
+    )
+
+
+CASES: tuple[Case, ...] = (
+    *_attention_cases(),
+    *_linear_gelu_cases(),
+    *_add_layer_norm_cases(),
+    *_paged_write_cases(),
+    *_paged_attention_cases(),
+)
 
 
 def _attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
@@ -161,12 +297,31 @@ def _attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
-    for ieee, tokens in product((False, True), (1, 16, 64, 65, 512, 2048, 16384)):
-        yield capability, 4 if ieee else 2, ieee, tokens, 3072, 132
+    for dtype_bytes, tokens in product((2, 4), (1, 16, 64, 65, 512, 2048, 16384)):
+        for ieee in (False, True)[: dtype_bytes // 2]:
+            yield capability, dtype_bytes, ieee, tokens, 3072, 132
+
+
+def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for width in _WIDTHS:
+        yield capability, width
+
+
+def _paged_write_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for tokens, dim, dtype_bytes in product((1, 256, 16384), (16, 64, 80, 128, 256), (2, 4)):
+        yield capability, tokens, 12, dim, dtype_bytes
+
+
+def _paged_attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for dim, dtype_bytes, rows in product((64, 80, 128, 256), (2, 4), (1, 4, 24, 64, 512)):
+        yield capability, dim, dtype_bytes, rows, _MAX_KEYS
 
 
 # By op: the arguments that its `pick_config` is asked for on a given capability.
 DOMAINS: dict[str, Callable[[int], Iterator[tuple[Any, ...]]]] = {
     "attention": _attention_domain,
     "linear_gelu": _linear_gelu_domain,
+    "add_layer_norm": _add_layer_norm_domain,
+    "paged_write": _paged_write_domain,
+    "paged_attention": _paged_attention_domain,
 }
