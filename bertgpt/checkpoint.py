@@ -217,6 +217,16 @@ def read_tensors(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     return tensors
 
 
+def tie_broken(stored: Mapping[str, Entry], tied: Mapping[str, str]) -> bool:
+    """Whether some name is stored beside the one whose tensor it shares, with other values."""
+    for name, source in tied.items():
+        if name in stored and source in stored:
+            pair = read_tensors({name: stored[name], source: stored[source]})
+            if not torch.equal(pair[name], pair[source]):
+                return True
+    return False
+
+
 def match_names(
     stored: Mapping[str, Entry],
     expected: Mapping[str, Tensor],

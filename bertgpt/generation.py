@@ -39,7 +39,7 @@ class FillPages:
         self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
     ) -> Tensor:
         """Attention over the packed prompts, `[T, H, D]` each."""
-        ops.paged_write(k, v, self.cache.k_pages[layer], self.cache.v_pages[layer], self.slots)
+        ops.paged_write(k, v, *self.cache.layers[layer], self.slots)
         return self.attend(q, k, v, layer, scale, dropout_p)
 
 
@@ -56,7 +56,7 @@ class ReadPages:
         self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
     ) -> Tensor:
         """Attention of B tokens, `[B, H, D]` each."""
-        k_pages, v_pages = self.cache.k_pages[layer], self.cache.v_pages[layer]
+        k_pages, v_pages = self.cache.layers[layer]
         ops.paged_write(k, v, k_pages, v_pages, self.slots)
         return ops.paged_attention(q, k_pages, v_pages, self.page_table, self.lengths, scale=scale)
 
@@ -153,7 +153,7 @@ def _decode(
 ) -> list[list[int]]:
     """The tokens added to each prompt."""
     cache = _cache(model, batch, max_new_tokens)
-    sequences = [cache.allocate() for _ in batch.lengths]
+    sequences = [cache.allocate(length + max_new_tokens) for length in batch.lengths]
     added: list[list[int]] = [[] for _ in sequences]
     active = list(range(len(sequences)))
     slots = cache.append(sequences, list(batch.lengths))
@@ -207,7 +207,7 @@ def _cache(model: GPT2LMHeadModel, batch: PackedBatch, max_new_tokens: int) -> P
     return PagedKVCache(
         num_pages=max(pages, 1),
         page_size=PAGE_SIZE,
-        num_layers=config.n_layer,
+        num_layers=max(config.n_layer, 1),
         num_kv_heads=config.n_head,
         head_dim=config.n_embd // config.n_head,
         dtype=model.dtype,

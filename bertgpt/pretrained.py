@@ -272,9 +272,11 @@ class PreTrainedModel(nn.Module):
         if config is None:
             config = cls.config_class.from_pretrained(folder, **overrides)
         stored = checkpoint.read_headers(folder, allow_pickle=allow_pickle)
+        if config.tie_word_embeddings and checkpoint.tie_broken(stored, cls.tied_weights):
+            config.tie_word_embeddings = False  # as transformers: what is stored apart stays apart
+        tied = cls.tied_weights if config.tie_word_embeddings else {}
         with torch.device("meta"):
             model = cls(config)
-        tied = cls.tied_weights if config.tie_word_embeddings else {}
         found, missing = checkpoint.match_names(
             stored, model.state_dict(), f"{cls.base_model_prefix}.", tied
         )
