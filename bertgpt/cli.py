@@ -1,0 +1,166 @@
+"""The `bertgpt` command: doctor, validate, embed, generate, demo.
+
+A caller's mistake ends in one line that says what to do, without a traceback: exit code 2 for the
+command line itself, 1 for anything else. Libraries are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fused attention, GELU FFN and paged decoding for BERT and GPT-2.",
+)
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if any.")]
+
+
+def _folder(help: str) -> Any:
+    return typer.Argument(exists=True, file_okay=False, help=help)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, and why not more."""
+    from bertgpt.doctor import report
+
+    report(Console())
+
+
+@app.command()
+def validate(
+    op: Annotated[
+        str | None, typer.Option(help="One op, such as attention; by default all.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Measure the error of every op, backend and dtype against the float64 reference."""
+    from bertgpt import validate as validation
+
+    rows = validation.run(op=op, device=device)
+    validation.print_table(rows)
+    raise typer.Exit(0 if all(row.verdict != "FAIL" for row in rows) else 1)
+
+
+@app.command()
+def demo() -> None:
+    """Run two real models, side by side with transformers."""
+    from bertgpt.demo import main as run_demo
+
+    raise typer.Exit(run_demo(Console()))
+
+
+@app.command()
+def embed(
+    model: Annotated[Path, _folder("Folder of a BERT checkpoint and its tokenizer.")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Text file, one text a line.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Write a NumPy array [lines, E] here.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Turn each line of a file into a vector, printed one a line or written as .npy."""
+    if output is not None and output.suffix != ".npy":
+        raise typer.BadParameter(f"{output} must end in .npy", param_hint="--output")
+    import numpy as np
+    from rich.progress import Progress
+
+    from bertgpt.embedding import SentenceEncoder
+
+    lines = _read_lines(file)
+    encoder = SentenceEncoder.from_folder(model, device=_device(device))
+    token_ids = encoder.tokenise(lines)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Embedding", total=len(lines))
+        vectors = encoder.encode(token_ids, lambda count: progress.advance(task, count)).numpy()
+    cut = sum(len(ids) == encoder.max_length for ids in token_ids)
+    if cut:
+        typer.echo(
+            f"{cut} of {len(lines)} lines reach {encoder.max_length} tokens, where texts are cut",
+            err=True,
+        )
+    if output is None:
+        np.savetxt(sys.stdout, vectors, fmt="%.7g")
+    else:
+        np.save(output, vectors)
+        typer.echo(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers", err=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, _folder("Folder of a GPT-2 checkpoint.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; needs a tokenizer.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue, as 1,2,3.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    stop_token: Annotated[
+        int | None, typer.Option(help="Id to stop at; by default the config's eos_token_id.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Continue a prompt greedily on a paged KV cache; prints text for text, ids for ids."""
+    if (prompt is None) == (prompt_ids is None):
+        raise typer.BadParameter("give one of --prompt and --prompt-ids")
+    from bertgpt.gpt import GPT2LMHeadModel
+    from bertgpt.text import load_tokenizer
+
+    tokenizer = None if prompt is None else load_tokenizer(model)
+    ids = _parse_ids(prompt_ids) if tokenizer is None else tokenizer.encode(prompt).ids
+    if not ids:
+        raise ValueError("the prompt holds no token: give it some text")
+    gpt = GPT2LMHeadModel.from_pretrained(model).to(_device(device))
+    (tokens,) = gpt.generate([ids], max_new_tokens, eos_token_id=stop_token)
+    typer.echo(",".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens))
+
+
+def _read_lines(file: Path) -> list[str]:
+    """The file's lines; an empty line is a text too, so that vectors and lines keep step."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}): convert it first") from error
+    if not lines:
+        raise ValueError(f"{file} holds no text: put one text on each line")
+    return lines
+
+
+def _parse_ids(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in (text or "").split(",")]
+    except ValueError:
+        message = f"{text!r} is no list of token ids such as 1,2,3"
+        raise typer.BadParameter(message, param_hint="--prompt-ids") from None
+
+
+def _device(name: str | None) -> str:
+    """A device that torch can use: the one named, or a GPU if there is one."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"torch cannot use {name!r} here ({reason})"
+        raise typer.BadParameter(message, param_hint="--device") from None
+    return name
+
+
+def main() -> None:
+    """Runs the command line; mistakes of the caller end in one line and exit code 1."""
+    try:
+        app()
+    except (ValueError, IndexError, OSError, ModuleNotFoundError) as error:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(1)

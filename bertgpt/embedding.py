@@ -1,0 +1,152 @@
+"""Sentences to vectors, as a sentence-transformers folder describes: tokenise, encode, pool.
+
+A plain BERT folder works too: the mean over all tokens, scaled to length 1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertgpt.bert import BertModel
+from bertgpt.packing import PackedBatch, pack
+from bertgpt.text import load_tokenizer, read_settings
+
+_TOKENS_PER_BATCH = 8192  # bounds the memory of activations: 8192 · 4 · hidden floats in the FFN
+_SWITCHES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+}
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """A BERT model, its tokenizer, and how token states become one vector a sentence.
+
+    Attributes:
+        model: The encoder.
+        tokenizer: One of the `tokenizers` library.
+        pooling: "mean", "max" or "cls".
+        normalise: Whether vectors are scaled to length 1.
+        max_length: Longest input in tokens; what is longer is cut there.
+    """
+
+    model: BertModel
+    tokenizer: Any
+    pooling: str
+    normalise: bool
+    max_length: int
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, device: str = "cpu") -> SentenceEncoder:
+        """Loads config.json, model.safetensors, the tokenizer and, if there, the pooling.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A file is broken, or asks for what is not done here.
+        """
+        pooling, normalise = _read_modules(folder)
+        tokenizer = load_tokenizer(folder)
+        with warnings.catch_warnings():
+            # Many such checkpoints hold no pooler, and vectors do not come from it.
+            warnings.filterwarnings("ignore", message=".* has no weights for pooler")
+            model = BertModel.from_pretrained(folder).to(device)
+        model.pooler = None
+        limit = model.config.max_position_embeddings
+        asked = read_settings(folder / "sentence_bert_config.json").get("max_seq_length")
+        max_length = min(limit, asked or limit)
+        tokenizer.enable_truncation(max_length)
+        return cls(model, tokenizer, pooling, normalise, max_length)
+
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+
+    @torch.inference_mode()
+    def encode(
+        self, token_ids: Sequence[list[int]], done: Callable[[int], object] = lambda count: None
+    ) -> Tensor:
+        """One vector a text.
+
+        Args:
+            token_ids: As `tokenise` returns them.
+            done: Called with the number of texts finished after each batch.
+
+        Returns:
+            Float32 `[texts, E]` on the CPU, in the order given.
+        """
+        # Neighbours in length share a batch, and within it their attention needs few buckets.
+        order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
+        vectors = torch.empty(len(token_ids), self.model.config.hidden_size)
+        for indices in _batches(order, [len(ids) for ids in token_ids]):
+            batch = pack([token_ids[i] for i in indices], device=self.model.device)
+            hidden_TE = self.model(batch).last_hidden_state
+            vectors[indices] = self.pool(hidden_TE, batch).float().cpu()
+            done(len(indices))
+        return vectors
+
+    def pool(self, hidden_TE: Tensor, batch: PackedBatch) -> Tensor:
+        """Token states `[T, E]` to sentence vectors `[B, E]`."""
+        if self.pooling == "cls":
+            vectors_BE = batch.first_tokens(hidden_TE)
+        else:
+            offsets = batch.cu_seqlens.long()
+            vectors_BE = torch.segment_reduce(hidden_TE, self.pooling, offsets=offsets)
+        return torch.nn.functional.normalize(vectors_BE, dim=-1) if self.normalise else vectors_BE
+
+
+def _batches(order: list[int], lengths: list[int]) -> list[list[int]]:
+    """Splits `order` so that no part exceeds the token budget, single texts aside."""
+    parts: list[list[int]] = []
+    tokens = 0
+    for i in order:
+        tokens += lengths[i]
+        if not parts or tokens > _TOKENS_PER_BATCH:
+            parts.append([])
+            tokens = lengths[i]
+        parts[-1].append(i)
+    return parts
+
+
+def _read_modules(folder: Path) -> tuple[str, bool]:
+    """Pooling and normalisation that modules.json names; the mean, scaled, where it is absent."""
+    file = folder / "modules.json"
+    if not file.is_file():
+        return "mean", True
+    modules = read_settings(file)
+    try:
+        paths = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} must list modules with a type and a path each") from error
+    unknown = set(paths) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ValueError(
+            f"{file} asks for {', '.join(sorted(unknown))}: only Transformer, Pooling and "
+            "Normalize are done here"
+        )
+    if "Pooling" not in paths:
+        raise ValueError(f"{file} names no Pooling: add one, or remove the file to take the mean")
+    settings = folder / paths["Pooling"] / "config.json"
+    return _read_pooling(settings), "Normalize" in paths
+
+
+def _read_pooling(file: Path) -> str:
+    settings = read_settings(file)
+    if "pooling_mode" in settings:  # newer folders name it, older ones have a switch for each
+        chosen = [settings["pooling_mode"]]
+    else:
+        on = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
+        chosen = [_SWITCHES.get(key, key) for key in on]
+    if len(chosen) != 1 or chosen[0] not in _SWITCHES.values():
+        raise ValueError(
+            f"{file} asks to pool by {' and '.join(chosen) or 'nothing'}: choose one of "
+            f"{', '.join(_SWITCHES.values())}"
+        )
+    return chosen[0]

@@ -1,0 +1,67 @@
+"""Text to token ids and back, by the tokenizer that lies in a model's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_WANTED = "tokenizer.json, vocab.txt (WordPiece), or vocab.json with merges.txt (byte-level BPE)"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Opens a folder's tokenizer, its own padding and truncation switched off.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        A tokenizer of the `tokenizers` library.
+
+    Raises:
+        FileNotFoundError: The folder has no tokenizer.
+        ValueError: A tokenizer file cannot be read.
+        ModuleNotFoundError: The `tokenizers` library is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+        from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
+    except ModuleNotFoundError as missing:
+        message = "text needs the tokenizers library: pip install tokenizers"
+        raise ModuleNotFoundError(message, name="tokenizers") from missing
+
+    whole, words = folder / "tokenizer.json", folder / "vocab.txt"
+    pairs, merges = folder / "vocab.json", folder / "merges.txt"
+    load: Callable[[], Any]
+    if whole.is_file():
+        file, load = whole, lambda: Tokenizer.from_file(str(whole))
+    elif words.is_file():
+        settings = read_settings(folder / "tokenizer_config.json")
+        lowercase = settings.get("do_lower_case", True)
+        file, load = words, lambda: BertWordPieceTokenizer(str(words), lowercase=lowercase)
+    elif pairs.is_file() and merges.is_file():
+        file, load = pairs, lambda: ByteLevelBPETokenizer.from_file(str(pairs), str(merges))
+    else:
+        raise FileNotFoundError(f"{folder} has no tokenizer: put {_WANTED} there")
+    try:
+        tokenizer = load()
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_settings(file: Path) -> Any:
+    """The contents of an optional JSON file, `{}` where it is absent.
+
+    Raises:
+        ValueError: The file is no JSON.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): fetch or write it again") from error

@@ -1,0 +1,285 @@
+"""The command line: what it prints, what it writes, and how it says that the caller is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bertgpt import cli, doctor, validate
+from bertgpt.bert import BertConfig, BertModel
+from bertgpt.gpt import GPT2Config, GPT2LMHeadModel
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "bank", "raised", "rates", "goal"]
+CLS, SEP = WORDS.index("[CLS]"), WORDS.index("[SEP]")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bertgpt", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    folder = tmp_path / "bert"
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=12, initializer_range=0.5,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+@pytest.fixture
+def gpt(tmp_path: Path) -> Path:
+    folder = tmp_path / "gpt"
+    config = GPT2Config(
+        vocab_size=len(WORDS), n_embd=8, n_layer=1, n_head=2, n_positions=80,
+        bos_token_id=None, eos_token_id=None, initializer_range=0.5,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    file = tmp_path / "lines.txt"
+    file.write_text("a bank raised rates\n\na goal\n")
+    return file
+
+
+IDS = [[CLS, 5, 6, 7, 8, SEP], [CLS, SEP], [CLS, 5, 9, SEP]]
+POOL = {"cls": lambda h: h[0], "mean": lambda h: h.mean(0), "max": lambda h: h.amax(0)}
+
+
+def _expected(folder: Path, pooling: str, normalise: bool) -> np.ndarray:
+    """Each line alone, pooled by hand."""
+    model = BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        rows = [POOL[pooling](model(torch.tensor([ids])).last_hidden_state[0]) for ids in IDS]
+    vectors = torch.stack(rows)
+    return (vectors / vectors.norm(dim=1, keepdim=True) if normalise else vectors).numpy()
+
+
+def _describe(folder: Path, pooling: dict, normalise: bool) -> None:
+    """Adds the files by which sentence-transformers says how to pool."""
+    kinds = ["Transformer", "Pooling"] + ["Normalize"] * normalise
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}" if i else ""}
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+def test_embed_takes_the_scaled_mean_of_a_plain_bert(run, bert, lines):
+    code, out, err = run("embed", bert, lines, "--device", "cpu")
+    assert code == 0, err
+    found = np.loadtxt(out.splitlines())
+    np.testing.assert_allclose(found, _expected(bert, "mean", True), atol=1e-5)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("pooling", list(POOL))
+@pytest.mark.parametrize("style", ["switches", "name"])
+def test_embed_pools_as_the_folder_says(run, bert, lines, tmp_path, pooling, normalise, style):
+    switch = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}[pooling]
+    switches = {"pooling_mode_mean_tokens": False, f"pooling_mode_{switch}": True}
+    _describe(bert, switches if style == "switches" else {"pooling_mode": pooling}, normalise)
+    output = tmp_path / "vectors.npy"
+    code, out, err = run("embed", bert, lines, "--output", output, "--device", "cpu")
+    assert (code, out) == (0, ""), err
+    found = np.load(output)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, _expected(bert, pooling, normalise), atol=1e-5)
+
+
+def test_embed_cuts_long_lines_and_says_so(run, bert, tmp_path):
+    (bert / "sentence_bert_config.json").write_text('{"max_seq_length": 5}')
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("a bank raised rates a goal\n")
+    short.write_text("a bank raised\n")
+    code, out, err = run("embed", bert, long, "--device", "cpu")
+    assert code == 0
+    assert "1 of 1 lines reach 5 tokens" in err
+    assert out == run("embed", bert, short, "--device", "cpu")[1]
+
+
+def _break(folder: Path, lines: Path, how: str) -> None:
+    if how == "no tokenizer":
+        (folder / "vocab.txt").unlink()
+    elif how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "cut weights":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif how == "other model":
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    elif how == "bad tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    elif how == "bad modules":
+        (folder / "modules.json").write_text("[{}]")
+    elif how == "unknown module":
+        _describe(folder, {"pooling_mode": "mean"}, False)
+        file = folder / "modules.json"
+        file.write_text(file.read_text().replace("Transformer", "Dense"))
+    elif how == "unknown pooling":
+        _describe(folder, {"pooling_mode_mean_sqrt_len_tokens": True}, False)
+    elif how == "binary text":
+        lines.write_bytes(b"\xff\xfe\x00")
+    elif how == "empty text":
+        lines.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    {
+        "no tokenizer": ("has no tokenizer", "vocab.txt"),
+        "no weights": ("has no model.safetensors",),
+        "no config": ("has no config.json",),
+        "cut weights": ("model.safetensors is no whole safetensors file", "again"),
+        "other model": ("config.json", "'gpt2', not 'bert'"),
+        "bad tokenizer": ("tokenizer.json cannot be read",),
+        "bad modules": ("modules.json must list",),
+        "unknown module": ("modules.json asks for Dense",),
+        "unknown pooling": ("1_Pooling/config.json asks to pool by", "mean_sqrt_len"),
+        "binary text": ("lines.txt is not UTF-8", "convert"),
+        "empty text": ("lines.txt holds no text",),
+    }.items(),
+)
+def test_embed_names_what_is_wrong(run, bert, lines, how, words):
+    _break(bert, lines, how)
+    code, out, err = run("embed", bert, lines, "--device", "cpu")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("embed",),
+        ("embed", "{bert}", "absent.txt"),
+        ("embed", "absent", "{lines}"),
+        ("embed", "{bert}", "{lines}", "--output", "vectors.txt"),
+        ("embed", "{bert}", "{lines}", "--device", "abacus"),
+        ("generate", "{gpt}"),
+        ("generate", "{gpt}", "--prompt", "a", "--prompt-ids", "1"),
+        ("generate", "{gpt}", "--prompt-ids", "1,two"),
+        ("generate", "{gpt}", "--prompt-ids", "1", "--max-new-tokens", "0"),
+        ("juggle",),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(run, bert, gpt, lines, arguments):
+    code, out, err = run(*(a.format(bert=bert, gpt=gpt, lines=lines) for a in arguments))
+    assert (code, out) == (2, "")
+    assert "Usage:" in err
+    assert "Traceback" not in err
+
+
+def test_generate_continues_ids(run, gpt):
+    code, out, err = run("generate", gpt, "--prompt-ids", "5,6", "--max-new-tokens", 7)
+    assert code == 0, err
+    expected = GPT2LMHeadModel.from_pretrained(gpt).generate([[5, 6]], 7)[0]
+    assert [int(token) for token in out.strip().split(",")] == expected
+    stop = expected[4]
+    end = expected.index(stop, 2) + 1
+    out = run("generate", gpt, "--prompt-ids", "5,6", "--stop-token", stop)[1]
+    assert [int(token) for token in out.strip().split(",")] == expected[:end]
+
+
+def test_generate_continues_text(run, gpt):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(gpt / "tokenizer.json"))
+    code, out, err = run("generate", gpt, "--prompt", "a bank", "--max-new-tokens", 5)
+    assert code == 0, err
+    expected = GPT2LMHeadModel.from_pretrained(gpt).generate([[5, 6]], 5)[0]
+    assert out.strip() == words.decode(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", "a"), "has no tokenizer"),
+        (("--prompt-ids", "99"), "input_ids"),
+        (("--prompt-ids", "1", "--max-new-tokens", "99"), "position table of 80"),
+    ],
+)
+def test_generate_names_what_is_wrong(run, gpt, arguments, words):
+    code, out, err = run("generate", gpt, *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert words in err
+
+
+def test_validate_fails_when_a_row_does(run, monkeypatch):
+    asked = []
+
+    def measured(op, device):
+        asked.append((op, device))
+        return rows
+
+    monkeypatch.setattr(validate, "run", measured)
+    rows = [validate.Row("attention", "torch", "fp32", cases=1)]
+    assert run("validate", "--op", "attention", "--device", "cpu")[0] == 0
+    assert asked == [("attention", "cpu")]
+    rows.append(validate.Row("attention", "torch", "fp16", cases=1, failures=["too far"]))
+    code, out, _ = run("validate")
+    assert code == 1
+    assert "too far" in out
+
+
+def test_validate_names_an_unknown_op(run):
+    code, _, err = run("validate", "--op", "convolution")
+    assert code == 1
+    assert "unknown op 'convolution'" in err
+
+
+def test_doctor_covers_every_op_and_refusal(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    for word in ("Python", "torch", "triton", "GPU", "nvcc", "C compiler", "Refusals"):
+        assert word in out
+    for op in ("attention", "linear_gelu", "gelu_ffn", "add_layer_norm"):
+        assert op in out
+    assert {e.op for e in doctor.explain_ops("cpu")} >= {"paged_write", "paged_attention"}
+    assert "has no CUDA C++ kernel" in out
+
+
+def test_doctor_says_what_is_missing_and_what_that_costs(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    findings = {finding.part: finding for finding in doctor.inspect_machine()}
+    assert "pip install triton" in findings["triton"].cost
+    assert "install gcc" in findings["C compiler"].cost
+    assert "pip install tokenizers" in findings["tokenizers"].cost
+    assert findings["nvcc"].cost == ""
+
+
+def test_the_command_starts_without_torch():
+    code = "import sys, bertgpt.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    root = Path(cli.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
