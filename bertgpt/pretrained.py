@@ -212,7 +212,8 @@ class PreTrainedModel(nn.Module):
 
     def post_init(self) -> None:
         """Fills all weights in as Hugging Face does, and ties them."""
-        self._initialise({name for name, _ in self.named_parameters()})
+        made = f"{self.base_model_prefix}."  # the headless model inside has filled itself in
+        self._initialise({n for n, _ in self.named_parameters() if not n.startswith(made)})
         self.tie_weights()
 
     def _standard_deviation(self, name: str) -> float:
@@ -222,7 +223,7 @@ class PreTrainedModel(nn.Module):
     def _initialise(self, names: set[str]) -> None:
         """Normal weights; zero biases and padding words; LayerNorms that change nothing."""
         for path, module in self.named_modules():
-            for name, weight in module.named_parameters(path, recurse=False):
+            for name, weight in module.named_parameters(recurse=False):
                 full = f"{path}.{name}" if path else name
                 if full not in names:
                     continue
