@@ -138,7 +138,7 @@ def as_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, floating tensors (float64 aside) in its dtype; otherwise as they are."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
