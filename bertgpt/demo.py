@@ -39,12 +39,12 @@ TOLERANCE = 1e-4
 NEW_TOKENS = 64
 BATCH = 32
 QUERIES = (
-    "a player loses his job over banned substances",
-    "pirated films",
-    "ministers promise lower taxes",
-    "which actress won a prize?",
-    "a singer goes on tour",
-    "a holiday destination in France",
+    "help for people whose hands shake",
+    "homes cost more than a year ago",
+    "a teenage tennis champion",
+    "calls for people who cannot hear",
+    "a company that makes drinks",
+    "copying songs and films illegally",
 )
 _STAGES = 7
 

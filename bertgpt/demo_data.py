@@ -82,7 +82,7 @@ def news_sentences(count: int) -> list[Sentence]:
 def _sentences(article: str) -> list[str]:
     """Sentences of an article's paragraphs; the first line is its headline."""
     paragraphs = [line.strip() for line in article.splitlines()[1:] if line.strip()]
-    ends = re.compile(r'(?<=[.!?])\s+(?=["A-Z])')
+    ends = re.compile(r'(?:(?<=[.!?])|(?<=[.!?]"))\s+(?=["A-Z])')
     return [sentence for paragraph in paragraphs for sentence in ends.split(paragraph)]
 
 
