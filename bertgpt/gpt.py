@@ -17,6 +17,7 @@ from bertgpt.door import leave
 from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
 from bertgpt.outputs import LogitsOutput
 from bertgpt.packing import PackedBatch, pad
+from bertgpt.pretrained import require
 
 __all__ = [
     "GPT2Config",
@@ -117,8 +118,14 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         attention_mask: Tensor | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        do_sample: bool = False,
     ) -> Any:
-        """Continues prompts greedily on a paged key-value cache; see `generation.greedy`."""
+        """Continues prompts greedily on a paged key-value cache; see `generation.greedy`.
+
+        Raises:
+            ValueError: `do_sample` is True; the rest is `generation.greedy`'s.
+        """
+        require(not do_sample, "do_sample", True, "tokens are chosen greedily")
         return generation.greedy(
             self,
             prompts,

@@ -98,3 +98,9 @@ def padded(rows, side="right", fill=0):
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[i, place], mask[i, place] = torch.tensor(row), 1
     return ids, mask
+
+
+def genera_ids():
+    """Token ids of real samples of microbial genera, ragged."""
+    genera = demo_data.genus_model()
+    return [genera.ids(names) for names in demo_data.HABITATS.values()]

@@ -1,0 +1,117 @@
+"""Greedy decoding on the paged cache: stock's tokens, any batch, and its limits."""
+
+import pytest
+import torch
+import transformers
+from models import GPT2, genera_ids, needs_genera, padded, random_ids, twins
+
+from bertgpt import demo_data, generation, gpt
+from bertgpt.kv_cache import PagedKVCache
+
+
+@needs_genera
+def test_real_checkpoint_gives_stocks_64_tokens():
+    folder = demo_data.genus_model().folder
+    model = gpt.GPT2LMHeadModel.from_pretrained(folder)
+    stock = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
+    rows = genera_ids()[:4]
+    ids, mask = padded(rows, "left")
+    # Without a stop token, so that all 64 are compared.
+    stock.generation_config.eos_token_id = None
+    theirs = stock.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False)
+    assert model.generate(ids, 64, attention_mask=mask, eos_token_id=()).equal(theirs)
+
+
+def test_stops_and_padding_are_stocks():
+    """Rows end at different steps: each stop keeps its token and is padded after it."""
+    model, stock = twins(gpt, "GPT2LMHeadModel", GPT2, pad_token_id=0)
+    ids, mask = padded([random_ids(n).tolist() for n in (3, 1, 5, 2)], "left")
+    free = model.generate(ids, 12, attention_mask=mask, eos_token_id=())[:, ids.shape[1] :]
+    stops = sorted({int(free[0, 2]), int(free[1, 5])})
+    stock.generation_config.eos_token_id = stops
+    theirs = stock.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    ours = model.generate(ids, 12, attention_mask=mask, eos_token_id=stops)
+    assert ours.equal(theirs)
+    lists = model.generate(
+        [row[m.bool()] for row, m in zip(ids, mask, strict=True)], 12, eos_token_id=stops
+    )
+    for row, m, listed in zip(theirs, mask, lists, strict=True):
+        real = row[-len(m) - 12 :][torch.cat([m, m.new_ones(12)]).bool()].tolist()
+        assert listed == real[: len(listed)]
+        assert len(listed) - int(m.sum()) == 12 or listed[-1] in stops
+    assert (ours[:, -1] == 0).any(), "no row ended early: choose other stops"
+
+
+def test_the_mask_is_read_off_the_padding_token_as_in_stock():
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2, pad_token_id=0)
+    ids, mask = padded([random_ids(n).tolist() for n in (3, 1, 5)], "left")
+    assert model.generate(ids, 4).equal(model.generate(ids, 4, attention_mask=mask))
+
+
+def test_a_prompt_alone_gives_what_it_gives_in_a_batch():
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    prompts = [random_ids(n).tolist() for n in (7, 1, 12, 3)]
+    together = model.generate(prompts, 12)
+    assert together == [model.generate([prompt], 12)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_page_size_changes_nothing(page_size, monkeypatch):
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    prompts = [random_ids(n).tolist() for n in (7, 9)]
+    expected = model.generate(prompts, 12)
+    monkeypatch.setattr(generation, "PAGE_SIZE", page_size)
+    assert model.generate(prompts, 12) == expected
+
+
+def test_pages_come_back_as_sequences_finish(monkeypatch):
+    free_pages = []
+
+    class Watched(PagedKVCache):
+        def free(self, sequence):
+            super().free(sequence)
+            free_pages.append((self.num_free_pages, self.num_pages))
+
+    monkeypatch.setattr(generation, "PagedKVCache", Watched)
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    first = model.generate([[5, 6]], 1)[0][-1]
+    free_pages.clear()
+    model.generate([[5, 6], [7]], 6, eos_token_id=first)
+    assert len(free_pages) == 2
+    assert free_pages[0][0] < free_pages[0][1]  # while the other still decodes
+    assert free_pages[1][0] == free_pages[1][1]
+
+
+def test_prompts_of_tensors_and_none_at_all():
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    rows = [[5, 6, 7], [8]]
+    assert model.generate([torch.tensor(row) for row in rows], 3) == model.generate(rows, 3)
+    assert model.generate([], 3) == []
+
+
+def test_training_state_is_left_alone():
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    model.generate([[5]], 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model(random_ids(1, 3), labels=random_ids(1, 3)).loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, "prompt 1 is empty", {"prompts": [[3], []]}),
+        (ValueError, "position table", {"prompts": [[3] * 30]}),
+        (ValueError, "room for 4 more", {"prompts": [[3] * 20], "max_new_tokens": 5}),
+        (ValueError, "max_new_tokens", {"prompts": [[3]], "max_new_tokens": 0}),
+        (IndexError, "input_ids holds 61", {"prompts": [[61]]}),
+        (TypeError, "list of lists", {"prompts": [3]}),
+        (TypeError, "integers", {"prompts": [["a"]]}),
+        (ValueError, r"\[B, L\]", {"prompts": torch.ones(3, dtype=torch.long)}),
+        (ValueError, "attention_mask", {"prompts": [[3]], "attention_mask": torch.ones(1, 1)}),
+        (ValueError, "do_sample=True", {"prompts": [[3]], "do_sample": True}),
+    ],
+)
+def test_bad_input_is_named(error, message, call):
+    model = gpt.GPT2LMHeadModel(gpt.GPT2Config(**GPT2)).eval()
+    with pytest.raises(error, match=message):
+        model.generate(**{"max_new_tokens": 2, **call})
