@@ -3,12 +3,11 @@
 Maths: with s = scale · q kᵀ + bias over the keys a query may see, out = softmax(s) v and
 lse = ln Σ exp(s), in one pass over key tiles with a running maximum m and sum l:
     m' = max(m, max s);  l' = l e^(m - m') + Σ e^(s - m');  acc' = acc e^(m - m') + e^(s - m') v.
-Exponentials are powers of two with scale · log2 e folded into one multiply-add. In float32, and
-under an additive mask, the statistics stay in natural units instead: s - m is then exact where it
-matters, and a bias near the end of float32's range neither overflows nor ties with another one.
+Exponentials are powers of two, scale · log2 e folded into one multiply-add; natural units instead
+in float32 (s - m is exact where it matters) and under an additive mask (all finite biases count).
 
-Memory: q, out and lse cross HBM once; k and v once for each tile of BLOCK_M queries (through L2,
-where the tiles of one head run together); a mask once. No [L, S] matrix is stored.
+Memory: q, out, lse and a mask cross HBM once; k and v once for each tile of BLOCK_M queries, mostly
+from L2, as the tiles of one head run together. No [L, S] matrix is stored.
 
 Grid: one axis of batch · heads · query tiles, tiles fastest, then the heads of one KV group, so
 that neighbours read the same keys; where rows grow with the query (causal), longest tiles first.
@@ -23,11 +22,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from bertgpt.kernels.descriptors import describable, describe_heads
 from bertgpt.kernels.device import compute_capability
-from bertgpt.kernels.primitives import LN2, LOG2E, packed_span
-from triton.tools.tensor_descriptor import TensorDescriptor
+from bertgpt.kernels.primitives import LN2, LOG2E, key_tiles, packed_span, softmax_step
 
-MAX_HEAD_DIM = 256
 _SMALLEST_SCALE = 2.0**-126  # keeps scale 0 from turning the -inf of a masked score into NaN
 
 
@@ -42,60 +40,56 @@ class Config:
     descriptors: bool  # keys and values by tensor descriptor (TMA), else by pointer
 
 
+# (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor, by the largest BLOCK_D.
+# On sm_90 three 64 × 128 blocks of at most 168 registers a thread hide each other's exponentials.
+# fmt: off
+_HOPPER = {64: ((64, 128, 4, 2), (64, 64, 4, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2)),
+           256: ((128, 64, 8, 2), (64, 64, 8, 2))}
+_BLACKWELL = {64: ((128, 128, 8, 2), (128, 64, 8, 2)), 128: ((128, 128, 8, 2), (64, 64, 8, 2)),
+              256: ((64, 64, 8, 2), (64, 32, 8, 2))}
+_POINTERS = {64: ((64, 64, 4, 3), (64, 32, 4, 2)), 128: ((128, 32, 8, 2), (64, 32, 8, 2)),
+             256: ((64, 32, 8, 2), (32, 32, 8, 2))}
+_UNALIGNED = {64: ((32, 32, 4, 1),) * 2, 128: ((32, 32, 8, 1),) * 2, 256: ((32, 16, 8, 1),) * 2}
+_FLOAT32 = {64: ((32, 32, 4, 2),) * 2, 128: ((32, 32, 8, 2), (16, 32, 8, 1)),
+            256: ((16, 32, 8, 1),) * 2}
+# fmt: on
+
+
 def pick_config(
-    capability: int, head_dim: int, dtype_bytes: int, *, masked: bool, aligned: bool
+    capability: int, head_dim: int, dtype_bytes: int, masked: bool, aligned: bool
 ) -> Config:
     """Tile shape for a compute capability (90 = sm_90) and a call.
 
-    The lengths and the batch play no part: a sequence's bits don't depend on the batch it is in.
-
-    Args:
-        capability: Compute capability, 80 or more.
-        head_dim: 1 … 256.
-        dtype_bytes: 2 or 4.
-        masked: Whether there is a mask tensor.
-        aligned: Whether a tensor descriptor can describe keys and values.
+    `aligned` says that a descriptor can describe keys and values, `masked` that a mask is given.
+    Lengths and batch play no part: a sequence's bits don't depend on the batch it is in.
     """
-    return Config(64, 64, 4, 2, aligned)
+    descriptors = False
+    if dtype_bytes == 4:
+        table = _FLOAT32  # products without tensor cores
+    elif not aligned:
+        table = _UNALIGNED  # loads of single elements, one pointer each
+    elif capability // 10 in (9, 10):
+        table, descriptors = (_HOPPER if capability // 10 == 9 else _BLACKWELL), True
+    else:
+        table = _POINTERS
+    return Config(*table[min(d for d in table if head_dim <= d)][masked], descriptors)
 
 
-def unsupported(*, q: torch.Tensor, mask: torch.Tensor | None, **call: Any) -> str | None:
+def unsupported(*, mask: torch.Tensor | None, **call: Any) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
     if mask is not None and mask.dtype == torch.float64:
-        return "an additive mask in float64 would lose its range: the kernel adds in float32"
+        return "a float64 mask would lose its range: scores are added up in float32"
     return None
 
 
 @triton.jit
-def _load_tile(desc, ptrs, b, row, h, offset, mask, ROWS: tl.constexpr, DIMS: tl.constexpr):
-    """Keys or values [ROWS, DIMS]: by descriptor, or by pointer where there is none."""
+def _load_tile(desc, ptrs, b, row, h, offset, mask):
+    """Keys or values [BLOCK_N, BLOCK_D]: by descriptor, or by pointer where there is none."""
     if desc is not None:
-        tile = desc.load([b, row.to(tl.int32), h, 0]).reshape(ROWS, DIMS)
+        tile = desc.load([b, row.to(tl.int32), h.to(tl.int32), 0]).reshape(ptrs.shape)
     else:
         tile = tl.load(ptrs + offset, mask=mask, other=0.0)
     return tile
-
-
-@triton.jit
-def _softmax_step(scores, m_i, l_i, scale_log2, NATURAL: tl.constexpr):
-    """Weights of a score tile [BLOCK_M, BLOCK_N], the old rows' factor, and the new m and l.
-
-    m is in units of log 2 and the scores unscaled, or both in natural units (NATURAL). The
-    maximum may swallow a NaN; the exponentials never do.
-    """
-    if NATURAL:
-        m_new = tl.maximum(m_i, tl.max(scores, 1))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
-        p = tl.exp2((scores - shift[:, None]) * LOG2E)
-        alpha = tl.exp2((m_i - shift) * LOG2E)
-    else:
-        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(scores * scale_log2 - shift[:, None])
-        alpha = tl.exp2(m_i - shift)
-    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 # fmt: off
@@ -114,12 +108,10 @@ def _attention_fwd_kernel(
     scale,  # unless NATURAL, its magnitude times log2 e
     window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_ADDITIVE: tl.constexpr,
     NATURAL: tl.constexpr,  # statistics in units of e, not of 2
-    IS_ADDITIVE: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr,  # else one mask row serves every query
-    NEGATE_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEGATE_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
     # 1. This program's head and query tile.
@@ -141,27 +133,18 @@ def _attention_fwd_kernel(
     if row_first >= len_q:
         return
 
-    # 2. Keys [lo, hi) are seen by some row of the tile, [full_lo, full_hi) by every row.
+    # 2. Keys [lo, hi) are seen by some row of the tile, whole tiles of them by every row.
     # Query i sits on key i + diagonal, whatever key_lengths says (bottom-right alignment).
     diagonal = len_k - len_q
     row_last = tl.minimum(row_first + BLOCK_M, len_q) - 1
     hi = len_k
     if key_lengths_ptr is not None:
         hi = tl.minimum(tl.maximum(tl.load(key_lengths_ptr + b), 0), len_k).to(tl.int32)
-    full_hi = hi
-    lo = 0
-    full_lo = 0
-    if HAS_RIGHT:
-        full_hi = tl.minimum(hi, row_first + diagonal + window_right + 1)
-        hi = tl.minimum(hi, row_last + diagonal + window_right + 1)
-    if HAS_LEFT:
-        lo = tl.maximum(row_first + diagonal - window_left, 0)
-        full_lo = tl.maximum(row_last + diagonal - window_left, 0)
-    tile_first = lo // BLOCK_N
-    tile_last = tl.cdiv(tl.maximum(hi, 0), BLOCK_N)  # exclusive
-    full_first = tl.cdiv(full_lo, BLOCK_N)
-    full_count = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N - full_first, 0)
-    if mask_ptr is not None:
+    lo, hi, tile_first, tile_last, full_first, full_count = key_tiles(
+        row_first, row_last, diagonal, hi, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    SPLIT_LOOP: tl.constexpr = mask_ptr is None and not NATURAL
+    if not SPLIT_LOOP:
         full_count = 0
 
     # 3. Pointers; every offset is 64-bit.
@@ -178,7 +161,6 @@ def _attention_fwd_kernel(
     q_ptrs = q_base + offs_m[:, None].to(tl.int64) * stride_qm + offs_d[None, :]
     k_ptrs = k_base + offs_n[:, None].to(tl.int64) * stride_kn + offs_d[None, :]
     v_ptrs = v_base + offs_n[:, None].to(tl.int64) * stride_vn + offs_d[None, :]
-    h_kv = h_kv.to(tl.int32)
     q = tl.load(q_ptrs, mask=mask_m[:, None] & mask_d, other=0.0)  # [BLOCK_M, BLOCK_D]
     if NEGATE_Q:
         q = -q
@@ -186,40 +168,34 @@ def _attention_fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    # 4. Tiles that every row sees whole: nothing to mask.
-    if mask_ptr is None:
+    # 4. Tiles that every row sees whole: nothing to mask. Not in float32, whose scalar products
+    # hide the masking and leave no registers for two loops.
+    if SPLIT_LOOP:
         for tile in tl.range(full_first, full_first + full_count):
             n = tl.full([], tile * BLOCK_N, tl.int64)
-            k = _load_tile(
-                k_desc, k_ptrs, desc_b, start_k + n, h_kv, n * stride_kn, mask_d, BLOCK_N, BLOCK_D
-            )
+            k = _load_tile(k_desc, k_ptrs, desc_b, start_k + n, h_kv, n * stride_kn, mask_d)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if NATURAL:
-                scores *= scale
-            p, alpha, m_i, l_i = _softmax_step(scores, m_i, l_i, scale, NATURAL)
-            v = _load_tile(
-                v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, mask_d, BLOCK_N, BLOCK_D
-            )
+            p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i, scale, False)
+            v = _load_tile(v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, mask_d)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
-    # 5. Edge tiles, on either side of the whole ones; under a mask tensor, all tiles. Scores are
-    # selected, not multiplied, and values that no row of the tile sees are zeroed: both may be NaN.
-    EDGE_STAGES: tl.constexpr = 1 if mask_ptr is None else None  # a tile or two: no pipeline
+    # 5. Edge tiles on either side of the whole ones, or all tiles. Scores are selected, not
+    # multiplied, and values that no row of the tile sees are zeroed: both may be NaN.
+    EDGE_STAGES: tl.constexpr = 1 if SPLIT_LOOP else None  # a tile or two: no pipeline
     for step in tl.range(tile_first, tile_last - full_count, num_stages=EDGE_STAGES):
         tile = step
-        if mask_ptr is None:
+        if SPLIT_LOOP:
             tile = tl.where(step >= full_first, step + full_count, step)
         n = tl.full([], tile * BLOCK_N, tl.int64)
         keys = tile * BLOCK_N + offs_n
         seen = (keys >= lo) & (keys < hi)  # [BLOCK_N]
         rows = seen[:, None] & mask_d
-        k = _load_tile(
-            k_desc, k_ptrs, desc_b, start_k + n, h_kv, n * stride_kn, rows, BLOCK_N, BLOCK_D
-        )
+        k = _load_tile(k_desc, k_ptrs, desc_b, start_k + n, h_kv, n * stride_kn, rows)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if NATURAL:
             scores *= scale
-        visible = seen[None, :] & mask_m[:, None]  # [BLOCK_M, BLOCK_N]
+        inside = seen[None, :] & mask_m[:, None]  # [BLOCK_M, BLOCK_N]
+        visible = inside
         if HAS_RIGHT:
             visible &= keys[None, :] <= offs_m[:, None] + (diagonal + window_right)
         if HAS_LEFT:
@@ -229,7 +205,7 @@ def _attention_fwd_kernel(
             mask_keys = mask_base + keys.to(tl.int64) * stride_mn
             if MASK_PER_QUERY:
                 mask_rows = offs_m.to(tl.int64) * stride_mm
-                allowed = tl.load(mask_keys[None, :] + mask_rows[:, None], mask=visible, other=0)
+                allowed = tl.load(mask_keys[None, :] + mask_rows[:, None], mask=inside, other=0)
             else:
                 allowed = tl.load(mask_keys, mask=seen, other=0)[None, :]
             if IS_ADDITIVE:
@@ -242,10 +218,8 @@ def _attention_fwd_kernel(
             else:
                 seen &= tl.reshape(allowed, [BLOCK_N])
         scores = tl.where(visible, scores, float("-inf"))
-        p, alpha, m_i, l_i = _softmax_step(scores, m_i, l_i, scale, NATURAL)
-        v = _load_tile(
-            v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, rows, BLOCK_N, BLOCK_D
-        )
+        p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i, scale, NATURAL)
+        v = _load_tile(v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, rows)
         if v_desc is not None or mask_ptr is not None:
             v = tl.where(seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
@@ -262,42 +236,26 @@ def _attention_fwd_kernel(
         tl.store(lse_ptrs, lse, mask=mask_m)
 
 
+# fmt: off
 def attention_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    causal: bool,
-    window: tuple[int, int],
-    scale: float,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    return_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    mask: torch.Tensor | None, key_lengths: torch.Tensor | None,
+    causal: bool, window: tuple[int, int], scale: float,
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None, max_seqlen_k: int | None, return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax attention in one pass; arguments as `bertgpt.ops.attention` hands them on, checked.
+    """Softmax attention in one pass; the arguments of `bertgpt.ops.attention`, checked by it.
 
-    Args:
-        q: [B, L, H, D], or packed [T, H, D]; float32, float16 or bfloat16; unit last stride.
-        k: [B, S, K, D], or packed [T', K, D]; query head h reads KV head h // (H // K).
-        v: Like k.
-        mask: Bool (True attends) or additive, any strides, [B, H, L, S]; padded only.
-        key_lengths: [B] integers; keys at and past it are masked; padded only.
-        causal: Mask keys past the diagonal that ends at the last query and the last key.
-        window: Keys (left, right) of that diagonal to keep, -1 for all.
-        scale: Factor of the scores, of any sign.
-        cu_seqlens_q: [B + 1] first query token of each packed sequence, then T; None if padded.
-        cu_seqlens_k: The same for keys.
-        max_seqlen_q: Longest packed query sequence; rows past it are not computed.
-        max_seqlen_k: Not needed here: each key loop ends at its sequence's end.
-        return_lse: Whether to compute the log-sum-exp.
+    q [B, L, H, D], k and v [B, S, K, D], mask [B, H, L, S] of any strides; or q [T, H, D], k and v
+    [T', K, D] with both cu_seqlens [B + 1] and max_seqlen_q, past which no query is computed. The
+    last stride of q, k and v is 1.
 
     Returns:
         out like q, contiguous, and lse float32 [B, H, L] or [H, T] (natural log) or None.
     """
+    # fmt: on
+    index_tensors = (key_lengths, cu_seqlens_q, cu_seqlens_k)
+    indices = [x if x is None else x.contiguous() for x in index_tensors]
     packed = cu_seqlens_q is not None
     heads, dim = q.shape[-2:]
     len_q, len_k = q.shape[-3], k.shape[-3]
@@ -316,17 +274,13 @@ def attention_fwd(
     natural = additive or q.dtype == torch.float32
     folded = max(abs(scale) * LOG2E.value, _SMALLEST_SCALE)
     ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    config = pick_config(
-        compute_capability(), dim, q.element_size(),
-        masked=mask is not None, aligned=_describable(k) and _describable(v),
-    )  # fmt: skip
+    masked, aligned = mask is not None, describable(k) and describable(v)
+    config = pick_config(compute_capability(), dim, q.element_size(), masked, aligned)
     tiles = triton.cdiv(longest, config.BLOCK_M)
     block_d = max(16, triton.next_power_of_2(dim))
-    descriptors = [
-        _describe(x, [1, config.BLOCK_N, 1, block_d]) if config.descriptors else None for x in (k, v)
-    ]
+    described = [describe_heads(x, config.BLOCK_N, block_d) for x in (k, v) if config.descriptors]
     _attention_fwd_kernel[(batch * heads * tiles,)](
-        q, k, v, mask, key_lengths, cu_seqlens_q, cu_seqlens_k, out, lse, *descriptors,
+        q, k, v, mask, *indices, out, lse, *(described or (None, None)),
         *_strides(q, packed), *_strides(k, packed), *_strides(v, packed),
         *(mask.stride() if mask is not None else (0, 0, 0, 0)),
         *_strides(out, packed), 0 if packed else heads * len_q, len_q,
@@ -344,15 +298,3 @@ def attention_fwd(
 def _strides(x: torch.Tensor, packed: bool) -> tuple[int, ...]:
     """Strides of batch, token and head; packed sequences are reached by their first token."""
     return (0, *x.stride()[:2]) if packed else x.stride()[:3]
-
-
-def _describable(x: torch.Tensor) -> bool:
-    """Whether x meets what a tensor descriptor asks of addresses, strides and coordinates."""
-    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return all(s > 0 and s % 16 == 0 for s in (x.data_ptr(), *steps)) and x.shape[-3] < 2**31
-
-
-def _describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Descriptor of [B, S, K, D] or, packed, [1, T', K, D]; it reads zeros past either end."""
-    x = x if x.dim() == 4 else x.unsqueeze(0)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)

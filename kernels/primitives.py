@@ -15,3 +15,49 @@ def packed_span(cu_seqlens_ptr, index, total):
     start = tl.minimum(tl.maximum(start, 0), total)
     stop = tl.minimum(tl.maximum(stop, start), total)
     return start, (stop - start).to(tl.int32)
+
+
+@triton.jit
+def key_tiles(
+    row_first, row_last, diagonal, keys, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The keys, of the first `keys`, that query rows row_first … row_last see.
+
+    Row i sits on key i + diagonal and sees window_left keys before it and window_right past it.
+    Returns lo, hi: some row sees each key of [lo, hi); the tiles [first, last) that hold them; and
+    full_first, full_count: the run of tiles that every row sees whole.
+    """
+    lo = 0
+    hi = keys
+    full_lo = 0
+    full_hi = keys
+    if HAS_RIGHT:
+        hi = tl.minimum(keys, row_last + diagonal + window_right + 1)
+        full_hi = tl.minimum(keys, row_first + diagonal + window_right + 1)
+    if HAS_LEFT:
+        lo = tl.maximum(row_first + diagonal - window_left, 0)
+        full_lo = tl.maximum(row_last + diagonal - window_left, 0)
+    full_first = tl.cdiv(full_lo, BLOCK_N)
+    full_count = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N - full_first, 0)
+    return lo, hi, lo // BLOCK_N, tl.cdiv(tl.maximum(hi, 0), BLOCK_N), full_first, full_count
+
+
+@triton.jit
+def softmax_step(scores, m_i, l_i, scale_log2, NATURAL: tl.constexpr):
+    """Weights of a score tile [BLOCK_M, BLOCK_N], the old rows' factor, and the new m and l.
+
+    m is in units of log 2 and the scores unscaled, or both in natural units (NATURAL). The
+    maximum may swallow a NaN; the exponentials never do.
+    """
+    if NATURAL:
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
+        p = tl.exp2((scores - shift[:, None]) * LOG2E)
+        alpha = tl.exp2((m_i - shift) * LOG2E)
+    else:
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(scores * scale_log2 - shift[:, None])
+        alpha = tl.exp2(m_i - shift)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
