@@ -6,7 +6,6 @@ tests use. A backend that refuses is listed with its reason.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -89,10 +88,6 @@ def run(op: str | None = None, device: str | None = None) -> list[Row]:
     if op is not None and op not in OPS:
         raise ValueError(f"unknown op {op!r}: choose one of {', '.join(OPS)}")
     target = _device(device)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from bertgpt.kernels.interpreter import repair_bfloat16
-
-        repair_bfloat16()
     chosen = OPS if op is None else (op,)
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():

@@ -56,13 +56,18 @@ def _attention(make: _Maker) -> Iterator[Sample]:
         {"window": (7, 3)},
         {"key_lengths": torch.tensor([0, 50], dtype=torch.int32)},
         {"mask": make.randint(0, 2, 2, 1, 37, 53).bool(), "causal": True},
-        {"mask": make.randn(1, 4, 1, 53).masked_fill(make.randint(0, 3, 53) == 0, -torch.inf)},
+        {
+            "mask": make.randn(1, 4, 1, 53).masked_fill(make.randint(0, 3, 53) == 0, -torch.inf),
+            "causal": True,
+        },
     ]
     for dim, kv_heads in ((64, 4), (40, 2), (128, 1)):
         shape_k = (2, 53, kv_heads, dim)
         for options in padded:
             q, k, v = make.randn(2, 37, 4, dim), make.randn(*shape_k), make.randn(*shape_k)
             yield Sample("attention", (q, k, v), options)
+    q, k, v = (make.randn(1, 200, 2, 64) for _ in range(3))  # several tiles
+    yield Sample("attention", (q[:, 70:], k, v), {"window": (90, 20), "return_lse": True})
     cu_seqlens = torch.tensor([0, *accumulate(_RAGGED)], dtype=torch.int32)
     for causal in (False, True):
         q, k, v = (make.randn(sum(_RAGGED), 2, 64) for _ in range(3))
@@ -106,6 +111,10 @@ def _paged_write(make: _Maker) -> Iterator[Sample]:
 
 
 def _paged_attention(make: _Maker) -> Iterator[Sample]:
+    long = torch.tensor([1300], dtype=torch.int32)  # several splits
+    pages = make.randn(82, 1, 16, 64), make.randn(82, 1, 16, 64)
+    table = torch.randperm(82, generator=make.generator).view(1, 82)
+    yield Sample("paged_attention", (make.randn(1, 4, 64), *pages, table, long), {})
     lengths = torch.tensor([1, 37, 0, 64], dtype=torch.int32)
     chunks = torch.tensor([0, 1, 6, 6, 11], dtype=torch.int32)
     for dim, kv_heads in ((64, 4), (40, 2), (128, 1)):

@@ -76,14 +76,12 @@ def test_unknown_op_and_absent_device():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("op", VALIDATED)
-def test_triton_kernels_pass_in_the_interpreter(op):
-    rows = validate.run(op, "cpu")
+def test_triton_kernels_are_validated_in_the_interpreter():
+    rows = validate.run("paged_write", "cpu")
     triton = {row.dtype: row for row in rows if row.backend == "triton"}
-    for dtype in ("fp32", "fp16", "bf16"):
-        assert triton[dtype].verdict == "pass", triton[dtype].failures
-        assert not triton[dtype].refusals
+    assert [triton[dtype].verdict for dtype in ("fp32", "fp16", "bf16")] == ["pass"] * 3
     assert triton["fp64"].verdict == "refused"
+    assert any("float64" in reason for reason in triton["fp64"].refusals)
 
 
 def test_samples_are_the_same_at_every_call():

@@ -1,0 +1,173 @@
+"""The comparator has teeth: every mistake planted in a definition, portable path or kernel fails.
+
+A mutant is a module with one piece of its text replaced. It is killed when the accuracy rule, on
+the calls of `bertgpt validate`, refuses at least one of its results, in float32 or in bfloat16.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from bertgpt import ops, reference
+from bertgpt.accuracy import measure
+from bertgpt.ops import _dispatch
+from bertgpt.validation_cases import Sample, samples
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# (file, text, replacement, mistake): the text stands in the file exactly once.
+PLAIN: tuple[tuple[str, str, str, str], ...] = (
+    ("reference/attention", "& (key <= corner)", "& (key < corner)", "causal off by one"),
+    ("reference/attention", "+ (S - L)  #", "+ 0  #", "top-left alignment"),
+    ("reference/attention", "key >= corner - left", "key > corner - left", "left off by one"),
+    ("reference/attention", "key <= corner + right", "key < corner + right", "right off by one"),
+    ("reference/attention", "(key < key_lengths[", "(key <= key_lengths[", "length off by one"),
+    ("reference/attention", "allowed & mask), None", "allowed), None", "boolean mask ignored"),
+    ("reference/attention", "scores_BHLS + bias_BHLS", "scores_BHLS - bias_BHLS", "bias negated"),
+    ("reference/attention", "** -0.5 if", "** -0.499 if", "scale"),
+    (
+        "reference/attention",
+        "k_BSKD.repeat_interleave(groups, dim=2)",
+        "k_BSKD.repeat(1, 1, groups, 1)",
+        "KV head h % K",
+    ),
+    (
+        "reference/attention",
+        "/ total_BHL1.masked_fill(total_BHL1 == 0.0, 1.0)",
+        "",
+        "no softmax sum",
+    ),
+    ("reference/attention", "total_BHL1 == 0.0, 1.0", "total_BHL1 < 0.0, 1.0", "0 / 0"),
+    ("reference/attention", "(top_BHL1 + total_BHL1.log())", "(total_BHL1.log())", "lse"),
+    ("reference/attention", "@ v_BHSD\n", "@ v_BHSD * 1.0001\n", "a bias of 1e-4"),
+    ("reference/linear_gelu", "torch.erf(z / math.sqrt(2.0))", "torch.erf(z / 1.4141)", "erf"),
+    ("reference/linear_gelu", 'if approximate == "none"', "if False", "tanh for erf"),
+    ("reference/linear_gelu", "0.044715", "0.0447", "tanh constant"),
+    ("reference/linear_gelu", "w.to(x.dtype), b)", "w.to(x.dtype), None)", "bias dropped"),
+    ("reference/gelu_ffn", "approximate=approximate", 'approximate="none"', "erf for tanh"),
+    ("reference/gelu_ffn", "w_out.to(x.dtype), b_out)", "w_out.to(x.dtype))", "bias dropped"),
+    ("reference/add_layer_norm", "variance + eps", "variance + 3 * eps", "eps"),
+    ("reference/add_layer_norm", "centred.square().mean(", "centred.var(", "unbiased variance"),
+    ("reference/add_layer_norm", "= total + residual", "= total", "residual dropped"),
+    ("reference/add_layer_norm", "y = y + bias", "y = y - bias", "bias negated"),
+    ("reference/paged_attention", "position % page_size]", "position % page_size - 1]", "slot"),
+    (
+        "reference/paged_attention",
+        "(k_pages, page_table[b]",
+        "(k_pages, page_table[0]",
+        "page table",
+    ),
+    ("reference/paged_attention", "causal=causal, window", "causal=False, window", "causal"),
+    ("reference/paged_write", "= k[token]", "= k[token - 1]", "token"),
+    ("reference/paged_write", "slot >= 0", "slot >= -1", "a skipped slot written"),
+    ("portable/attention", "corner + (0 if", "corner + (1 if", "causal off by one"),
+    ("portable/attention", "corner - self.left", "corner - self.left - 1", "left off by one"),
+    ("portable/attention", "lengths_k=key_lengths)", "lengths_k=None)", "key lengths ignored"),
+    ("portable/attention", ".masked_fill(~allowed, -torch.inf)", "", "additive mask alone"),
+    ("portable/attention", "scale=rule.scale)", "scale=0.13)", "scale"),
+    ("portable/linear_gelu", "F.gelu(h, approximate=approximate)", "F.gelu(h)", "erf for tanh"),
+    ("portable/gelu_ffn", "w_out.to(x.dtype), b_out)", "w_out.to(x.dtype))", "bias dropped"),
+    ("portable/add_layer_norm", "bias, eps)", "bias, 1e-12)", "eps"),
+    ("portable/paged_attention", "key > last_B1", "key > last_B1 + 1", "length off by one"),
+    ("portable/paged_attention", "< last_B1 - left", "< last_B1 - left - 1", "left off by one"),
+    ("portable/paged_write", "slot % page_size", "(slot + 1) % page_size", "offset"),
+)
+
+KERNELS: tuple[tuple[str, str, str, str], ...] = (
+    ("attention", "offs_m[:, None] + (diagonal + window", "offs_m[:, None] + (window", "diagonal"),
+    ("attention", "(diagonal - window_left)", "(diagonal - window_left - 1)", "left off by one"),
+    ("attention", "seen = (keys >= lo) & (keys < hi)", "seen = keys >= lo", "no tail mask"),
+    ("attention", "acc / l_i[:, None]", "acc", "no division"),
+    ("attention", "m_i * unit + tl.log(l_i)", "m_i + tl.log(l_i)", "lse in powers of two"),
+    ("attention", "h_kv = h // heads_per_kv", "h_kv = h % heads_per_kv", "KV head"),
+    ("attention", "scores += allowed", "scores -= allowed", "bias negated"),
+    ("linear_gelu", "(z + 0.044715 *", "(z + 0.0447 *", "tanh constant"),
+    ("linear_gelu", "0.7071067811865476", "0.7072", "erf argument"),
+    ("add_layer_norm", "squares / E + eps", "squares / E + 3 * eps", "eps"),
+    ("add_layer_norm", "tl.where(i * CHUNK + lanes < E, pieces[i] - mean, 0.0)", "pieces[i] - mean",
+     "padding counted in the variance"),
+    ("paged_attention", "<= tokens[:, None] + (diagonal", "< tokens[:, None] + (diagonal", "mask"),
+    ("paged_attention", "(diagonal - window_left)", "(diagonal - window_left - 1)", "window"),
+    ("paged_attention", "split_lo + SPLIT_KEYS)", "split_lo + SPLIT_KEYS - 1)", "split edge"),
+    ("paged_attention", "m_i * LN2 + tl.log", "m_i + tl.log", "lse in powers of two"),
+    ("paged_write", "slot % PAGE_SIZE", "(slot + 1) % PAGE_SIZE", "offset"),
+)  # fmt: skip
+
+
+def _mutate(source: Path, text: str, replacement: str, folder: Path) -> ModuleType:
+    original = source.read_text()
+    count = original.count(text)
+    assert count == 1, f"{source.name} holds {text!r} {count} times: rewrite this mutant"
+    path = folder / source.name  # a file, because Triton reads its kernels' source
+    path.write_text(original.replace(text, replacement))
+    spec = importlib.util.spec_from_file_location(f"mutant_{source.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _outputs(sample: Sample, function: Callable[..., Any], **options: Any) -> list[torch.Tensor]:
+    copy = sample.mapped(torch.clone)
+    result = function(*copy.args, **copy.kwargs, **options)
+    if result is None:
+        return list(copy.args[2:4])
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _survives(op: str, function: Callable[..., Any], **options: Any) -> bool:
+    """Whether every result on every sample is accurate."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for sample in samples(op, dtype):
+            wide = sample.mapped(lambda t: t.double() if t.is_floating_point() else t)
+            oracle = _outputs(wide, getattr(reference, op))
+            baseline = _outputs(sample, getattr(reference, op))
+            actual = _outputs(sample, function, **options)
+            for got, want, low in zip(actual, oracle, baseline, strict=True):
+                if not measure(got, want.double(), low).accurate:
+                    return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "replacement"),
+    [mutant[:3] for mutant in PLAIN],
+    ids=[f"{mutant[0]}: {mutant[3]}" for mutant in PLAIN],
+)
+def test_mutant_is_killed(file, text, replacement, tmp_path):
+    mutant = _mutate(ROOT / "bertgpt" / f"{file}.py", text, replacement, tmp_path)
+    op = Path(file).name
+    assert not _survives(op, getattr(mutant, op))
+
+
+@pytest.mark.parametrize("family", ["reference", "portable"])
+@pytest.mark.parametrize("op", sorted({Path(mutant[0]).name for mutant in PLAIN}))
+def test_the_original_survives(family, op):
+    assert _survives(op, getattr(importlib.import_module(f"bertgpt.{family}.{op}"), op))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kernel", sorted({mutant[0] for mutant in KERNELS}))
+def test_the_original_kernel_survives(kernel):
+    assert _survives(kernel, getattr(ops, kernel), backend="triton")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("kernel", "text", "replacement"),
+    [mutant[:3] for mutant in KERNELS],
+    ids=[f"{mutant[0]}: {mutant[3]}" for mutant in KERNELS],
+)
+def test_kernel_mutant_is_killed(kernel, text, replacement, tmp_path, monkeypatch):
+    mutant = _mutate(ROOT / "kernels" / f"{kernel}.py", text, replacement, tmp_path)
+    load = _dispatch._kernels
+    monkeypatch.setattr(_dispatch, "_kernels", lambda m: mutant if m == kernel else load(m))
+    assert not _survives(kernel, getattr(ops, kernel), backend="triton")
