@@ -43,7 +43,13 @@ class Config:
 
 
 def pick_config(
-    capability: int, itemsize: int, ieee: bool, m: int, n: int, multiprocessors: int
+    capability: int,
+    itemsize: int,
+    ieee: bool,
+    m: int,
+    n: int,
+    multiprocessors: int,
+    aligned: bool = True,
 ) -> Config:
     """The tile for an [m, n] output.
 
@@ -54,9 +60,13 @@ def pick_config(
         m: rows.
         n: columns.
         multiprocessors: of the device: a grid of large tiles that leaves SMs idle is cut finer.
+        aligned: sizes, strides and addresses are multiples of 16, so that loads are 16 bytes wide;
+            else each element needs an address of its own, and a large tile would spill them.
     """
     if ieee:
         return Config(64, 64, 16, num_warps=4, num_stages=3)
+    if not aligned:
+        return Config(64, 64, 32, num_warps=4, num_stages=2)
     block_k = 128 // itemsize  # a row of the tile is one 128-byte line
     if m <= 64:  # a few tokens: w's bytes are the cost, so many programs and deep prefetch
         return Config(64, 32, 2 * block_k, num_warps=4, num_stages=3)
@@ -140,7 +150,11 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str) -> 
     if y.numel() == 0:
         return y
     ieee = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    config = pick_config(compute_capability(), x.dtype.itemsize, ieee, m, n, multiprocessor_count())
+    places = (k, n, rows.stride(0), w.stride(0), rows.data_ptr(), w.data_ptr())
+    config = pick_config(
+        compute_capability(), x.dtype.itemsize, ieee, m, n, multiprocessor_count(),
+        aligned=all(place % 16 == 0 for place in places),
+    )  # fmt: skip
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     _linear_gelu_kernel[grid](
         rows, w, rows if b is None else b.contiguous(), y,
