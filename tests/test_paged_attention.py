@@ -82,12 +82,19 @@ def check_problem(problem, backend):
 
 @given(
     problem=problems(
-        ALL_DTYPES, longest=70, longest_chunk=20, page_sizes=[1, 3, 8, 16, 64], head_dims=[1, 8, 31]
+        ALL_DTYPES, longest=70, longest_chunk=20, page_sizes=[1, 3, 8, 16, 64], head_dims=[5, 8, 31]
     )
 )
 @settings(max_examples=150)
 def test_torch_is_accurate(problem):
     check_problem(problem, "torch")
+
+
+@pytest.mark.parametrize("head_dim", [1, 256])
+def test_torch_is_accurate_at_extreme_head_dims(head_dim):
+    for chunks in (None, (9, 12)):
+        batch = paged_batch((70, 30), chunks, head_dim=head_dim, heads=6, kv_heads=2)
+        check_problem((batch, {}), "torch")
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
@@ -291,3 +298,21 @@ def test_flops_are_counted(dtype):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         ops.paged_attention(*batch.args)
     assert counter.get_total_flops() == 4 * 2 * 40 * 4 * 8
+
+
+def test_configs_depend_on_neither_the_batch_nor_the_machine_size():
+    """A pure function of what its documentation names, within every architecture's limits."""
+    kernels = pytest.importorskip("bertgpt.kernels.paged_attention")
+    for capability in (80, 89, 90, 100, 103, 120):
+        for head_dim in (1, 64, 96, 128, 256):
+            for size in (2, 4):
+                for rows in (1, 12, 16, 17, 33, 64, 65, 4096):
+                    for keys in (16, 512, 2**15, 2**15 + 1, 2**20):
+                        config = kernels.pick_config(capability, head_dim, size, rows, keys)
+                        assert rows <= config.BLOCK_M or config.SPLIT_KEYS == 0
+                        assert config.SPLIT_KEYS % config.BLOCK_N == 0
+                        if config.SPLIT_KEYS:
+                            splits = -(-keys // config.SPLIT_KEYS)
+                            assert splits * config.BLOCK_M <= 1024
+    narrow, wide = (kernels.pick_config(90, 64, 2, 1, keys) for keys in (16, 2**15))
+    assert narrow == wide  # a table's width changes nothing below 32,768 keys
