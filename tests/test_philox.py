@@ -142,3 +142,9 @@ def test_dropout_keeps_the_mean():
     y = dropout_rows(torch.ones(1000, 1000), 0.3, 77)
     sigma = math.sqrt(0.3 / 0.7 / y.numel())
     assert abs(float(y.double().mean()) - 1) < 5 * sigma
+
+
+def test_a_word_equal_to_the_threshold_is_kept():
+    word = words(3, (0, 0, 0, 0))[2]
+    assert bool(philox.keep_rows(3, 1, 3, word / 2**32)[0, 2])
+    assert not bool(philox.keep_rows(3, 1, 3, (word + 1) / 2**32)[0, 2])
