@@ -100,7 +100,7 @@ class BackendRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(console: Console, *, sentences: int = 256, rounds: int = 5) -> int:
+def main(console: Console, *, sentences: int = 256, rounds: int = 3) -> int:
     """Runs the demo.
 
     Args:
