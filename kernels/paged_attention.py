@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.merge_splits import merge_splits
 from bertgpt.kernels.primitives import LN2, LOG2E, packed_span
@@ -52,8 +53,7 @@ def pick_config(
 ) -> Config:
     """Tile shape for a compute capability (90 = sm_90) and a call.
 
-    Rows (longest chunk × query heads a KV head) beyond one tile are not split: tiles already give
-    enough work. A split covers 32 · BLOCK_M keys, doubled until 1024 / BLOCK_M of them cover the
+    Rows beyond one tile are not split: tiles already give enough work. A split covers 32 · BLOCK_M keys, doubled until 1024 / BLOCK_M of them cover the
     table, which bounds the workspace at 1024 float32 rows a sequence and KV head.
 
     Args:
@@ -64,17 +64,20 @@ def pick_config(
         max_keys: Keys that the page table has room for.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    exact = dtype_bytes == 4  # products without tensor cores: operands live in registers
+    largest = 64 if not exact else 32 if block_d <= 128 else 16
+    block_m = min(largest, max(16, triton.next_power_of_2(rows)))
     split_keys = 0
     if rows <= block_m:
         split_keys = 32 * block_m
         while split_keys * (1024 // block_m) < max_keys:
             split_keys *= 2
-    block_n = 64 if block_d * dtype_bytes <= 512 else 32
-    stage_kib = 2 * block_n * block_d * dtype_bytes // 1024
-    newest = max(c for c in _SHARED_KIB if c <= max(capability, 80))
-    num_stages = max(2, min(4, _SHARED_KIB[newest] // 2 // max(stage_kib, 1)))
-    num_warps = 8 if block_d * dtype_bytes >= 512 else 4
+    crowded = block_m == 64 and block_d >= 128 and capability // 10 not in (9, 10)
+    block_n = 32 if exact or crowded else 64
+    stage_kib = max(1, 2 * block_n * block_d * dtype_bytes // 1024)
+    shared_kib = _SHARED_KIB[max(c for c in _SHARED_KIB if c <= capability)]
+    num_stages = max(2, min(4, shared_kib // 2 // stage_kib))
+    num_warps = 8 if block_d * dtype_bytes >= 512 or (exact and block_m == 32) else 4
     return Config(block_m, block_n, split_keys, num_warps, num_stages)
 
 
