@@ -75,7 +75,7 @@ def _add_layer_norm_kernel(
         if STORE_SUM:
             tl.store(s_ptr + rows * E + cols, s.to(s_ptr.dtype.element_ty), mask=mask)
         total += tl.sum(s, axis=1)
-        pieces = pieces + (s,)  # noqa: RUF005 (Triton knows no starred tuples)
+        pieces = pieces + (s,)  # type: ignore  # noqa: RUF005 (no starred tuples in Triton)
     mean = (total / E)[:, None]  # [ROWS, 1]
 
     # 2. The variance about that mean.

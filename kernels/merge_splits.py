@@ -14,6 +14,7 @@ Dims: S splits, T tokens, H query heads, D head_dim padded to BLOCK_D.
 import torch
 import triton
 import triton.language as tl
+
 from bertgpt.kernels.primitives import LOG2E, packed_span
 
 _BLOCK_S = 8

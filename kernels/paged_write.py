@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from bertgpt.kernels.device import compute_capability
 
 MAX_HEAD_DIM = 256

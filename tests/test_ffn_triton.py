@@ -22,6 +22,7 @@ from bertgpt.philox import philox_words
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+
 from bertgpt.kernels import linear_gelu as kernels  # noqa: E402
 
 pytestmark = [
