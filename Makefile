@@ -24,7 +24,7 @@ help:
 	@echo 'make demo      two real models through bertgpt, side by side with transformers'
 	@echo 'make test      the suite: torch, then Triton kernels by interpreter on two Triton versions'
 	@echo 'make validate  error of every op, backend and dtype against the float64 reference'
-	@echo 'make bench     time ratio to transformers on this machine'
+	@echo 'make bench     MiniLM on a CPU against stock transformers: ragged and equal-length batches'
 	@echo 'make aot       every committed Triton config compiled for each architecture, without a GPU'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make clean     removes both virtual environments'
@@ -52,7 +52,7 @@ aot: $(READY)
 	$(BIN)/python benchmarks/aot.py --check
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_models.py
+	$(BIN)/python benchmarks/bench_encode_cpu.py
 
 validate: $(READY)
 	$(BIN)/bertgpt validate
