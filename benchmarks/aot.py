@@ -138,9 +138,13 @@ def run(cases: Iterable[int], workers: int) -> tuple[list[tuple[str, ...]], list
     ):
         bar = progress.add_task("compiling", total=len(tasks))
         futures = {pool.submit(examine, *task): task for task in tasks}
-        for future in as_completed(futures):
-            outcomes[futures[future]] = future.result()
-            progress.advance(bar)
+        try:
+            for future in as_completed(futures):
+                outcomes[futures[future]] = future.result()
+                progress.advance(bar)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C need not wait for the rest
+            raise
     ordered = [outcomes[task] for task in tasks]
     rows = [row for outcome in ordered for row in outcome.rows]
     problems = [problem for outcome in ordered for problem in outcome.problems]

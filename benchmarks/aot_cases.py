@@ -109,20 +109,32 @@ def _attention_cases() -> Iterator[Case]:
     ]
     for name, options in variants:
         yield _attention_case(name, 64, BF16, options)
-    for dim, dtype in product((32, 64, 80, 128, 256), (BF16, FP16, FP32)):
-        if (dtype == BF16 and dim == 64) or (dtype == FP16 and dim != 64):
-            continue
-        yield _attention_case("packed causal", dim, dtype, {"packed": True, "causal": True})
-    for dim, dtype in product((128, 256), (BF16, FP32)):
-        yield _attention_case("bool mask", dim, dtype, {"mask": torch.bool})
+    packed_causal: dict[str, Any] = {"packed": True, "causal": True}
+    for dim, dtype in product((64, 80, 128, 256), (BF16, FP32)):
+        if (dim, dtype) != (64, BF16):
+            yield _attention_case("packed causal", dim, dtype, packed_causal)
+    for dim, dtype in product((64, 128, 256), (BF16, FP32)):
+        if (dim, dtype) != (64, BF16):
+            yield _attention_case("bool mask", dim, dtype, {"mask": torch.bool})
+    yield _attention_case("packed causal", 64, FP16, packed_causal)
+    for dim in (33, 127, 255):  # rows of keys that are no multiple of 16 bytes
+        yield _attention_case("packed causal", dim, BF16, packed_causal, NARROW_MMA)
+    tf32 = partial(_with_tf32, partial(_attention, dtype=FP32, **packed_causal))
+    yield Case("attention", "packed causal d64 tf32", tf32, NARROW_MMA)
 
 
-def _attention_case(name: str, dim: int, dtype: torch.dtype, options: dict[str, Any]) -> Case:
+def _attention_case(
+    name: str,
+    dim: int,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    matrix: dict[int, str] = WIDE_MMA,
+) -> Case:
     return Case(
         "attention",
         f"{name} d{dim} {_NAMES[dtype]}",
         partial(_attention, dim=dim, dtype=dtype, **options),
-        _matrix(dtype),
+        _matrix(dtype, matrix),
     )
 
 
@@ -216,7 +228,8 @@ def _paged_write(
 
 
 def _paged_write_cases() -> Iterator[Case]:
-    for dim, dtype, tokens in product((16, 64, 80, 128, 256), (BF16, FP32), (256, 16384)):
+    dims = ((16, BF16), (32, BF16), (64, BF16), (80, BF16), (128, BF16), (256, BF16), (256, FP32))
+    for (dim, dtype), tokens in product(dims, (256, 16384)):
         yield Case(
             "paged_write",
             f"{tokens} tokens d{dim} {_NAMES[dtype]}",
@@ -261,14 +274,18 @@ def _paged_attention_cases() -> Iterator[Case]:
         yield _paged_case("decode", dim, dtype, NARROW_MMA, {})
     for dim in (64, 128):
         yield _paged_case("decode GQA 4", dim, BF16, NARROW_MMA, {"kv_heads": 3})
-    yield _paged_case("decode MQA 24", 64, BF16, NARROW_MMA, {"heads": 24, "kv_heads": 1})
+    for dim, dtype in product((64, 128, 256), (BF16, FP32)):
+        shared = {"heads": 24, "kv_heads": 1}
+        yield _paged_case("decode MQA 24", dim, dtype, NARROW_MMA, shared)
     yield _paged_case("decode", 64, FP16, NARROW_MMA, {})
-    yield _paged_case("decode", 80, BF16, NARROW_MMA, {})
+    for dim in (33, 80):
+        yield _paged_case("decode", dim, BF16, NARROW_MMA, {})
     yield _paged_case("decode page 16", 64, BF16, NARROW_MMA, {"page": 16})
     yield _paged_case("decode window", 64, BF16, NARROW_MMA, {"window": (256, -1)})
     for dim, dtype in product((64, 128, 256), (BF16, FP32)):
         yield _paged_case("chunk 64", dim, dtype, WIDE_MMA, {"chunk": 64})
-    yield _paged_case("chunk 512", 64, BF16, WIDE_MMA, {"chunk": 512})
+    for dim, dtype in product((64, 128, 256), (BF16, FP32)):
+        yield _paged_case("chunk 512", dim, dtype, WIDE_MMA, {"chunk": 512})
 
 
 def _paged_case(
@@ -292,14 +309,17 @@ CASES: tuple[Case, ...] = (
 
 
 def _attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
-    for dim, dtype_bytes, masked in product((16, 32, 64, 80, 128, 256), (2, 4), (False, True)):
-        yield capability, dim, dtype_bytes, masked
+    flags = (False, True)
+    for dim, dtype_bytes, masked, aligned in product((16, 64, 80, 128, 256), (2, 4), flags, flags):
+        yield capability, dim, dtype_bytes, masked, aligned
 
 
 def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
-    for dtype_bytes, tokens in product((2, 4), (1, 16, 64, 65, 512, 2048, 16384)):
-        for ieee in (False, True)[: dtype_bytes // 2]:
-            yield capability, dtype_bytes, ieee, tokens, 3072, 132
+    tokens = (1, 16, 64, 65, 512, 2048, 16384)
+    for (dtype_bytes, ieee), m, aligned in product(
+        ((2, False), (4, False), (4, True)), tokens, (False, True)
+    ):
+        yield capability, dtype_bytes, ieee, m, 3072, 132, aligned
 
 
 def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:

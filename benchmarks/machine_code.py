@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -33,6 +34,7 @@ class MachineCode:
     instructions: int
 
 
+@cache
 def read(cubin: bytes) -> MachineCode:
     """Disassembles a cubin that holds one kernel."""
     with tempfile.TemporaryDirectory() as folder:
