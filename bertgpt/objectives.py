@@ -33,9 +33,22 @@ def token_labels(name: str, labels: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of `logits` `[N, C]` against `labels` `[N]`, −100 ignored."""
+    """Mean cross-entropy of `logits` `[N, C]` against `labels` `[N]`, −100 ignored.
+
+    Raises:
+        TypeError: labels that are no integers.
+        ValueError: not one label a row.
+        IndexError: a label outside 0 … C − 1 on a CPU (on a GPU, PyTorch's own assertion).
+    """
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels must be int32 or int64, not {labels.dtype}")
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels must have shape {[logits.shape[0]]}, not {list(labels.shape)}")
+    classes = logits.shape[1]
+    if labels.device.type == "cpu":
+        odd = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
+        if odd.numel():
+            raise IndexError(f"labels holds {int(odd[0])}, outside 0 … {classes - 1} and not −100")
     return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE)
 
 
@@ -43,8 +56,9 @@ def next_token_loss(logits: Tensor, labels: Tensor, batch: PackedBatch) -> Tenso
     """Each token against its successor's label; a sequence's last token has none."""
     successors = torch.full_like(labels, IGNORE)
     successors[:-1] = labels[1:]
-    ends = batch.cu_seqlens[1:].long()[batch.cu_seqlens.diff() > 0] - 1
-    successors[ends] = IGNORE
+    if labels.numel():
+        # An empty sequence names its predecessor's end again, or −1: the end of the whole batch.
+        successors[batch.cu_seqlens[1:].long() - 1] = IGNORE
     return cross_entropy(logits, successors)
 
 

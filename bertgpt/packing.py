@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 Tokens = Sequence[int] | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """The padded tensor that packed tokens came from.
 
@@ -44,7 +45,7 @@ class Grid:
         return flat if self.indices is None else flat[self.indices]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """Sequences packed end to end.
 
@@ -115,12 +116,12 @@ class PackedBatch:
         """The packed values under the name that models give them."""
         return self.values
 
-    @property
+    @cached_property
     def max_seqlen(self) -> int:
         """Length of the longest sequence, 0 for an empty batch."""
         return max(self.lengths, default=0)
 
-    @property
+    @cached_property
     def equal_lengths(self) -> bool:
         """Whether `[T, ...]` may be viewed as `[B, max_seqlen, ...]`."""
         return bool(self.lengths) and min(self.lengths) == self.max_seqlen
@@ -131,13 +132,15 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Returns the batch with every tensor on `device`."""
+        # Only towards a device: a copy to the host that nobody waits for may be read too early.
+        eager = self.values.device.type == "cpu"
         moved: dict[str, Any] = {
-            name: tensor.to(device, non_blocking=True)
+            name: tensor.to(device, non_blocking=eager)
             for name in ("values", "cu_seqlens", "token_type_ids", "position_ids")
             if (tensor := getattr(self, name)) is not None
         }
         if self.grid is not None and self.grid.indices is not None:
-            indices = self.grid.indices.to(device, non_blocking=True)
+            indices = self.grid.indices.to(device, non_blocking=eager)
             moved["grid"] = replace(self.grid, indices=indices)
         return replace(self, **moved)
 
@@ -313,9 +316,9 @@ def _flatten(name: str, rows: Sequence[Tokens]) -> tuple[Tensor, tuple[int, ...]
             raise TypeError(f"{name} must be a list of lists of token ids, found {row!r}")
     lists = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
     flat = list(chain.from_iterable(lists))
-    odd = next((item for item in flat if type(item) is not int), None)
-    if odd is not None and (isinstance(odd, bool) or not hasattr(odd, "__index__")):
-        raise TypeError(f"{name} must hold integers, found {odd!r}")
+    for item in flat:
+        if type(item) is not int and (isinstance(item, bool) or not hasattr(item, "__index__")):
+            raise TypeError(f"{name} must hold integers, found {item!r}")
     return torch.tensor(flat, dtype=torch.int64), tuple(map(len, lists))
 
 

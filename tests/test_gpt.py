@@ -166,6 +166,18 @@ def test_dropout_applies_in_training_only(rate):
     assert model.eval()(ids)[0].equal(model(ids)[0])
 
 
+def test_residual_dropout_leaves_the_first_layers_input_alone():
+    config = gpt.GPT2Config(**GPT2, resid_pdrop=0.5, embd_pdrop=0.0, attn_pdrop=0.0)
+    model, seen = gpt.GPT2Model(config).train(), []
+    for layer in model.layers:
+        layer.attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = random_ids(2, 9)
+    model(ids)
+    model(ids)
+    assert seen[0].equal(seen[2])
+    assert not seen[1].equal(seen[3])
+
+
 def test_residual_projections_start_smaller():
     config = gpt.GPT2Config(**{**GPT2, "n_embd": 192, "n_layer": 8})
     state = gpt.GPT2Model(config).state_dict()
@@ -178,8 +190,11 @@ def test_nothing_is_read_back_from_the_device_inside():
     """On meta tensors any device-to-host copy raises: a stand-in for a host sync on a GPU."""
     batch = pack([[5, 6, 7], [8]]).to("meta")
     config = gpt.GPT2Config(**GPT2, pad_token_id=0)
-    assert gpt.GPT2LMHeadModel(config).to("meta").eval()(batch).logits.shape == (4, 61)
-    assert gpt.GPT2ForSequenceClassification(config).to("meta").eval()(batch).logits.shape == (2, 2)
+    model = gpt.GPT2LMHeadModel(config).to("meta").eval()
+    assert model(batch, labels=batch.values).logits.shape == (4, 61)
+    classifier = gpt.GPT2ForSequenceClassification(config).to("meta").eval()
+    labels = torch.ones(2, dtype=torch.long, device="meta")
+    assert classifier(batch, labels=labels).logits.shape == (2, 2)
 
 
 def test_aliases_of_the_configuration():
@@ -202,6 +217,9 @@ def test_aliases_of_the_configuration():
         (ValueError, "encoder_hidden", {"input_ids": IDS, "encoder_hidden_states": IDS}),
         (ValueError, "4-D", {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 4, 4)}),
         (ValueError, "labels", {"input_ids": IDS, "labels": IDS[:, :3]}),
+        (IndexError, "labels holds 61", {"input_ids": IDS, "labels": IDS * 61}),
+        (IndexError, "labels holds -1", {"input_ids": IDS, "labels": -IDS}),
+        (TypeError, "labels must be int", {"input_ids": IDS, "labels": IDS.float()}),
     ],
 )
 def test_bad_input_is_named(error, message, inputs):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -113,6 +114,7 @@ def test_it_is_frozen():
         (TypeError, "list of lists", lambda: pack("word")),
         (TypeError, "integers", lambda: pack([[1.5]])),
         (TypeError, "integers", lambda: pack([[True]])),
+        (TypeError, "integers", lambda: pack([[numpy.int64(1), 2.5]])),
         (TypeError, "int32 or int64", lambda: pack([torch.tensor([1.0])])),
         (ValueError, "1-D", lambda: pack([torch.ones(1, 1, dtype=torch.long)])),
         (ValueError, "token_type_ids", lambda: pack([[1, 2]], token_type_ids=[[0]])),
