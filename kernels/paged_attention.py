@@ -32,9 +32,8 @@ from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.merge_splits import merge_splits
 from bertgpt.kernels.primitives import LN2, LOG2E, packed_span
 
-MAX_HEAD_DIM = 256
 MAX_KEYS = 2**30  # of one sequence: key positions and window bounds are int32
-_SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}  # shared memory of a block at most
+_SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # of a block at most, from there on
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ def pick_config(
 ) -> Config:
     """Tile shape for a compute capability (90 = sm_90) and a call.
 
-    Rows beyond one tile are not split: tiles already give enough work. A split covers 32 · BLOCK_M keys, doubled until 1024 / BLOCK_M of them cover the
-    table, which bounds the workspace at 1024 float32 rows a sequence and KV head.
+    Rows beyond one tile are not split: tiles already give enough work. A split covers 32 · BLOCK_M
+    keys, doubled until 1024 / BLOCK_M of them cover the table, which bounds the workspace at 1024
+    float32 rows a sequence and KV head.
 
     Args:
         capability: Compute capability.
@@ -81,12 +81,8 @@ def pick_config(
     return Config(block_m, block_n, split_keys, num_warps, num_stages)
 
 
-def unsupported(
-    *, q: torch.Tensor, k_pages: torch.Tensor, page_table: torch.Tensor, **call: Any
-) -> str | None:
+def unsupported(*, k_pages: torch.Tensor, page_table: torch.Tensor, **call: Any) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
     keys = page_table.shape[1] * k_pages.shape[2]
     if keys > MAX_KEYS:
         return f"the page table has room for {keys} keys a sequence, above {MAX_KEYS}"
