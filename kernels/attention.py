@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from bertgpt.kernels.descriptors import describable, describe_heads
 from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.primitives import LN2, LOG2E, key_tiles, packed_span, softmax_step
@@ -49,8 +50,9 @@ _BLACKWELL = {64: ((128, 128, 8, 2), (128, 64, 8, 2)), 128: ((128, 128, 8, 2), (
               256: ((64, 64, 8, 2), (64, 32, 8, 2))}
 _POINTERS = {64: ((64, 64, 4, 3), (64, 32, 4, 2)), 128: ((128, 32, 8, 2), (64, 32, 8, 2)),
              256: ((64, 32, 8, 2), (32, 32, 8, 2))}
-_UNALIGNED = {64: ((32, 32, 4, 1),) * 2, 128: ((32, 32, 8, 1),) * 2, 256: ((32, 16, 8, 1),) * 2}
-_FLOAT32 = {64: ((32, 32, 4, 2),) * 2, 128: ((32, 32, 8, 2), (16, 32, 8, 1)),
+_UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 64: ((16, 32, 4, 1),) * 2, 128: ((16, 32, 8, 1),) * 2,
+              256: ((16, 16, 8, 1),) * 2}
+_FLOAT32 = {64: ((32, 32, 4, 2),) * 2, 128: ((32, 32, 8, 2), (16, 32, 8, 2)),
             256: ((16, 32, 8, 1),) * 2}
 # fmt: on
 
@@ -64,10 +66,10 @@ def pick_config(
     Lengths and batch play no part: a sequence's bits don't depend on the batch it is in.
     """
     descriptors = False
-    if dtype_bytes == 4:
-        table = _FLOAT32  # products without tensor cores
-    elif not aligned:
+    if not aligned:
         table = _UNALIGNED  # loads of single elements, one pointer each
+    elif dtype_bytes == 4:
+        table = _FLOAT32  # products without tensor cores
     elif capability // 10 in (9, 10):
         table, descriptors = (_HOPPER if capability // 10 == 9 else _BLACKWELL), True
     else:
@@ -122,8 +124,7 @@ def _attention_fwd_kernel(
     b = (pid_bh // num_heads).to(tl.int64)
     h = (pid_bh % num_heads).to(tl.int64)
     h_kv = h // heads_per_kv
-    start_q = tl.zeros([], tl.int64)
-    start_k = tl.zeros([], tl.int64)
+    start_q, start_k = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     desc_b = pid_bh // num_heads
     if cu_q_ptr is not None:
         start_q, len_q = packed_span(cu_q_ptr, b, len_q)
@@ -276,8 +277,7 @@ def attention_fwd(
     ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     masked, aligned = mask is not None, describable(k) and describable(v)
     config = pick_config(compute_capability(), dim, q.element_size(), masked, aligned)
-    tiles = triton.cdiv(longest, config.BLOCK_M)
-    block_d = max(16, triton.next_power_of_2(dim))
+    tiles, block_d = triton.cdiv(longest, config.BLOCK_M), max(16, triton.next_power_of_2(dim))
     described = [describe_heads(x, config.BLOCK_N, block_d) for x in (k, v) if config.descriptors]
     _attention_fwd_kernel[(batch * heads * tiles,)](
         q, k, v, mask, *indices, out, lse, *(described or (None, None)),
