@@ -8,7 +8,7 @@ from cases import KERNEL_DTYPES, banded_copy, poisoned_allocations
 from hypothesis import given, settings
 from paged_batch import paged_batch, problems
 from test_paged_attention import check_problem
-from test_paged_write import check_problem as check_write
+from test_paged_write import check_write
 from test_paged_write import problem as write_problem
 from test_paged_write import problems as write_problems
 from tolerance import assert_accurate, assert_bitwise
@@ -193,7 +193,7 @@ def test_the_merge_reads_live_splits_alone(live):
     part_lse = torch.randn(splits, heads, 1) * 5
     part_lse[1] = -float("inf")  # keys, none of them visible
     part[1] = 0
-    part[live:], part_lse[live:] = float("nan"), float("nan")
+    part[live:], part_lse[live:] = float("nan"), 1e4  # would outweigh all others
     out, lse = torch.empty(1, heads, dim), torch.empty(heads, 1)
     merge_splits.merge_splits(
         part, part_lse, out, lse,

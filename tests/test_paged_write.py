@@ -50,7 +50,7 @@ def problems(draw, dtypes, most_tokens=20):
     return tensors
 
 
-def check_problem(tensors, backend):
+def check_write(tensors, backend):
     expected = by_hand(*tensors)
     k, v, k_pages, v_pages, slots = tensors
     inputs = [t.clone() for t in (k, v, slots)]
@@ -65,7 +65,7 @@ def check_problem(tensors, backend):
 @given(tensors=problems(ALL_DTYPES))
 @settings(max_examples=60)
 def test_tokens_land_in_their_slots_and_nothing_else_changes(backend, tensors):
-    check_problem(tensors, backend)
+    check_write(tensors, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
