@@ -153,7 +153,7 @@ def main(
             f"{least:.2f}×",
             f"{row['difference']:.1e}",
         )
-    Console().print(table)
+    Console(width=110).print(table)
     if require and missed:
         raise typer.Exit(1)
 
