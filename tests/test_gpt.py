@@ -113,6 +113,12 @@ def test_classification_reads_the_last_real_token(side, num_labels):
         assert largest_difference(model(pack(rows)).logits, theirs.logits) <= TOLERANCE
 
 
+def test_classification_skips_padding_tokens_that_no_mask_hides():
+    model, stock = twins(gpt, "GPT2ForSequenceClassification", GPT2, pad_token_id=0)
+    ids = random_ids(4, 12) * ragged_mask("right", (7, 0, 12, 4))  # one row of padding only
+    assert largest_difference(model(ids).logits, stock(ids).logits) <= TOLERANCE
+
+
 def test_classification_without_a_padding_token():
     model, stock = twins(gpt, "GPT2ForSequenceClassification", GPT2, pad_token_id=None)
     ids = random_ids(3, 5)
