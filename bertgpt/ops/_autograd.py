@@ -30,12 +30,12 @@ def register_recomputed_backward(op: Op, outputs: int = 1) -> None:
     )
 
     def backward_op(grads: list[Tensor], wanted: list[bool], *values: Any) -> list[Tensor]:
-        call = {k: v for k, v in op.bind(values).items() if k != "needs_grad"}
-        backend = "reference" if call.pop("backend") == "reference" else "torch"
+        call = op.bind(values)
+        backend = "reference" if call["backend"] == "reference" else "torch"
         names = [n for n, want in zip(op.differentiable, wanted, strict=True) if want]
         with torch.enable_grad():
             leaves = {n: call[n].detach().requires_grad_() for n in names}
-            results = op.backends[backend].run(**{**call, **leaves})
+            results = op.run(backend, {**call, **leaves})
             results = (results,) if isinstance(results, Tensor) else results
             pairs = [(r, g) for r, g in zip(results, grads, strict=False) if r.requires_grad]
             if not pairs:

@@ -163,11 +163,13 @@ class Op:
         call = self.bind(values)
         if device_of(call).type != "cuda" or _STRICT.get():
             self.check_values(call)
-        backend = self.backends[self.resolve(call)]
+        return self.run(self.resolve(call), call)
+
+    def run(self, name: str, call: Call) -> Any:
+        """Backend `name`'s outputs for a call whose values have been checked."""
+        arguments = {k: v for k, v in call.items() if k not in ("needs_grad", "backend")}
         with _without_autocast(device_of(call).type):
-            return backend.run(
-                **{k: v for k, v in call.items() if k not in ("needs_grad", "backend")}
-            )
+            return self.backends[name].run(**arguments)
 
     def refusal(self, name: str, call: Call) -> str | None:
         """Why backend `name` cannot run `call`, or None."""
