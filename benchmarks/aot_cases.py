@@ -117,8 +117,10 @@ def _attention_cases() -> Iterator[Case]:
         if (dim, dtype) != (64, BF16):
             yield _attention_case("bool mask", dim, dtype, {"mask": torch.bool})
     yield _attention_case("packed causal", 64, FP16, packed_causal)
-    for dim in (33, 127, 255):  # rows of keys that are no multiple of 16 bytes
+    for dim in (31, 33, 127, 255):  # rows of keys that are no multiple of 16 bytes
         yield _attention_case("packed causal", dim, BF16, packed_causal, NARROW_MMA)
+    for dim in (33, 255):
+        yield _attention_case("bool mask", dim, FP32, {"mask": torch.bool})
     tf32 = partial(_with_tf32, partial(_attention, dtype=FP32, **packed_causal))
     yield Case("attention", "packed causal d64 tf32", tf32, NARROW_MMA)
 

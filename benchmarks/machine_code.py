@@ -1,10 +1,13 @@
 """What a compiled kernel costs, read from its cubin with the tools inside the Triton wheel."""
 
+import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
-from functools import cache
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
@@ -34,9 +37,20 @@ class MachineCode:
     instructions: int
 
 
-@cache
 def read(cubin: bytes) -> MachineCode:
-    """Disassembles a cubin that holds one kernel."""
+    """The figures of a cubin that holds one kernel, kept beside Triton's own cache."""
+    name = hashlib.sha256(Path(__file__).read_bytes() + cubin).hexdigest()
+    kept = Path(triton.knobs.cache.dir) / "machine_code" / f"{name}.json"
+    if not kept.exists():
+        code = _disassembled(cubin)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(asdict(code)))
+        part.replace(kept)  # whole or not at all, whoever else writes it
+    return MachineCode(**json.loads(kept.read_text()))
+
+
+def _disassembled(cubin: bytes) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -47,10 +61,7 @@ def read(cubin: bytes) -> MachineCode:
         raise ValueError(f"expected one kernel in the cubin, cuobjdump lists {len(kernels)}")
     registers, stack = map(int, kernels[0])
     code = [line for line in _INSTRUCTION.findall(listing) if not line.startswith("NOP")]
-    matrix: dict[str, int] = {}
-    for line in code:
-        for mnemonic in _MATRIX.findall(line):
-            matrix[mnemonic] = matrix.get(mnemonic, 0) + 1
+    matrix = Counter(mnemonic for line in code for mnemonic in _MATRIX.findall(line))
     return MachineCode(
         registers=registers,
         stack_bytes=stack,
