@@ -8,6 +8,8 @@ READY := $(VENV)/.ready
 # The same packages under the oldest Triton that is supported.
 OLDEST_TRITON := 3.6.0
 OVERLAY := .venv-triton36
+# Seconds that `make gpu-report` may spend on timing.
+BUDGET ?= 540
 OVERLAY_READY := $(OVERLAY)/.ready
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -18,13 +20,14 @@ unexport TRITON_INTERPRET
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-interpreter test-oldest-triton lint aot bench validate clean
+.PHONY: help demo test test-torch test-interpreter test-oldest-triton lint aot bench gpu-report validate clean
 
 help:
 	@echo 'make demo      two real models through bertgpt, side by side with transformers'
 	@echo 'make test      the suite: torch, then Triton kernels by interpreter on two Triton versions'
 	@echo 'make validate  error of every op, backend and dtype against the float64 reference'
-	@echo 'make bench     MiniLM on a CPU against stock transformers: ragged and equal-length batches'
+	@echo 'make bench     every op and model beside its peers, into out/; MiniLM on a CPU against stock'
+	@echo 'make gpu-report  all that a GPU can testify, by the system Python (BUDGET=540 TUNE=1 OUT=out)'
 	@echo 'make aot       every committed Triton config compiled for each architecture, without a GPU'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make clean     removes both virtual environments'
@@ -52,7 +55,12 @@ aot: $(READY)
 	$(BIN)/python benchmarks/aot.py --check
 
 bench: $(READY)
+	$(BIN)/bertgpt bench
 	$(BIN)/python benchmarks/bench_encode_cpu.py
+
+# No virtual environment and no network: the machine's own Python, torch and nvcc.
+gpu-report:
+	PYTHONPATH=. $(PYTHON) -P -m bertgpt.benchmarks.gpu_report --budget $(BUDGET) $(if $(TUNE),--tune)
 
 validate: $(READY)
 	$(BIN)/bertgpt validate

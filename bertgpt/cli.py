@@ -1,4 +1,4 @@
-"""The `bertgpt` command: doctor, validate, embed, generate, demo.
+"""The `bertgpt` command: doctor, validate, bench, embed, generate, demo.
 
 A caller's mistake ends in one line that says what to do, without a traceback: exit code 2 for the
 command line itself, 1 for anything else. Libraries are imported by the command that needs them.
@@ -14,12 +14,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bertgpt import bench
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Fused attention, GELU FFN and paged decoding for BERT and GPT-2.",
 )
+app.add_typer(bench.app, name="bench")
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if any.")]
 
 

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("bertgpt", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SHIPPED = (
+    "bertgpt",
+    "benchmarks",
+    "kernels",
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+)
 
 PROBE = """
 import importlib.util, json, sys
@@ -94,10 +102,14 @@ def test_wheel(environment: Environment, checkout: Path, tmp_path: Path) -> None
     environment.run("-m", "pip", "wheel", *flags, str(checkout), cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    kernels = {f"bertgpt/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")}
+    mapped = {
+        f"bertgpt/{folder}/{f.name}"
+        for folder in ("benchmarks", "kernels")
+        for f in (ROOT / folder).glob("*.py")
+    }
     modules = {str(f.relative_to(ROOT)) for f in (ROOT / "bertgpt").rglob("*.py")}
-    assert kernels
-    assert {name for name in names if name.endswith(".py")} == kernels | modules
+    assert mapped
+    assert {name for name in names if name.endswith(".py")} == mapped | modules
     assert {name.split("/")[0] for name in names} == {"bertgpt", "bertgpt-0.1.0.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

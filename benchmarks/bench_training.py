@@ -1,0 +1,129 @@
+"""Training steps of BERT and GPT-2: loss, gradients, AdamW; with the memory at its peak.
+
+The learning rate is 0, so that the step does all of its work and the weights stay what the
+definition was evaluated on. Compared is the gradient of the token embeddings. FLOPs: three times
+the forward pass. Bytes: weights read twice and gradients written, and AdamW's read and written
+state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertgpt.benchmarks import models
+from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, not_on_cpu
+from bertgpt.benchmarks.models import Spec
+
+
+def _draw(
+    generator: torch.Generator, device: torch.device, *, spec: Spec, batch: int, length: int
+) -> Inputs:
+    """Ids and labels: GPT-2 learns every next token, BERT a random 15%."""
+    ids = torch.randint(5, spec.vocabulary, (batch, length), generator=generator, device=device)
+    labels = ids.clone()
+    if spec.head.startswith("Bert"):
+        hidden = torch.rand(batch, length, generator=generator, device=device) < 0.15
+        labels = labels.masked_fill(~hidden, -100)
+    return {"input_ids": ids, "labels": labels, "spec": spec}
+
+
+def _gradient(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the embeddings of the first sequence's first tokens, as one row."""
+    model.zero_grad(set_to_none=True)
+    model(input_ids=ids, labels=labels).loss.backward()
+    return _rows(model, ids)
+
+
+def _rows(model: Any, ids: Tensor) -> Tensor:
+    rows: Tensor = model.get_input_embeddings().weight.grad[ids[0, :64]]
+    return rows.flatten()[None].clone()
+
+
+def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    model = models.definition(inputs["spec"], dtype)
+    gradient = _gradient(model, inputs["input_ids"], inputs["labels"])
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def _case(name: str, batch: int, length: int, **options: Any) -> Case:
+    device, gpt = options.get("device", "cuda"), name.startswith("gpt2")
+    head = "GPT2LMHeadModel" if gpt else "BertForMaskedLM"
+    spec = Spec(name, head, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    tokens, pairs = batch * length, batch * length**2 * (0.5 if gpt else 1.0)
+    scored = tokens if gpt else 0.15 * tokens
+    return Case(
+        op="gpt2 training step" if gpt else "bert training step",
+        name=f"{name} B{batch} S{length}",
+        device=device,
+        dtype=spec.dtype,
+        inputs=partial(_draw, spec=spec, batch=batch, length=length),
+        expected=_expected,
+        flops=3.0 * models.matrix_flops(spec, tokens, pairs, scored),
+        bytes=9.0 * models.weight_bytes(spec, with_vocabulary=True),
+        tokens=tokens,
+        value=options.get("value", 1.0),
+        factor=6.0,
+        sets=2,
+    )
+
+
+def _cases() -> Iterator[Case]:
+    yield _case("bert-base", 16, 512, value=8)
+    yield _case("bert-large", 8, 512, value=4)
+    yield _case("gpt2-124M", 8, 1024, value=8)
+    yield _case("gpt2-355M", 4, 1024, value=4)
+    yield _case("bert-tiny", 2, 16, device="cpu")
+    yield _case("gpt2-tiny", 2, 16, device="cpu")
+
+
+@lru_cache(maxsize=4)  # one for each contender: the state belongs to the step's memory
+def _optimizer(model: Any) -> torch.optim.Optimizer:
+    fused = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=fused)
+
+
+def _step(model: Any, forward: Any, inputs: Inputs) -> Run:
+    def run() -> Tensor:
+        optimizer = _optimizer(model)
+        optimizer.zero_grad(set_to_none=True)
+        forward(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss.backward()
+        optimizer.step()
+        return _rows(model, inputs["input_ids"])
+
+    return run
+
+
+def _ours(case: Case, inputs: Inputs) -> Run:
+    model = models.ours(inputs["spec"])
+    return _step(model, model, inputs)
+
+
+def _stock(attention: str, compiled: bool, case: Case, inputs: Inputs) -> Run:
+    if not models.has_transformers():
+        raise Unavailable("transformers cannot be imported")
+    model = models.stock(inputs["spec"], attention)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    return _step(model, forward, inputs)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
+PROVIDERS: tuple[Provider, ...] = (
+    Provider("bertgpt", _ours, ours=True),
+    Provider("stock eager", partial(_stock, "eager", False)),
+    Provider("stock SDPA", partial(_stock, "sdpa", False)),
+    Provider(
+        "stock SDPA compiled",
+        partial(_stock, "sdpa", True),
+        not_on_cpu("compiling takes longer than a CPU's small cases"),
+    ),
+)
+
+
+def test_training(contest: Any) -> None:
+    contest()
