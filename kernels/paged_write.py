@@ -46,7 +46,7 @@ def pick_config(
         dtype_bytes: Size of an element.
     """
     row_threads = max(1, triton.next_power_of_2(head_dim) * dtype_bytes // 16)
-    block_t = max(4, 128 // row_threads)
+    block_t = min(32, max(4, 128 // row_threads))  # 64 × 128 comparisons spill
     heads = 1 if tokens <= 1024 else kv_heads  # many tokens: search each block's slots once
     return Config(BLOCK_T=block_t, HEADS=heads, num_warps=4)
 
