@@ -20,7 +20,8 @@ unexport TRITON_INTERPRET
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-interpreter test-oldest-triton lint aot bench gpu-report validate clean
+.PHONY: help cuda demo test test-torch test-interpreter test-oldest-triton lint aot bench gpu-report
+.PHONY: validate clean
 
 help:
 	@echo 'make demo      two real models through bertgpt, side by side with transformers'
@@ -29,6 +30,7 @@ help:
 	@echo 'make bench     every op and model beside its peers, into out/; MiniLM on a CPU against stock'
 	@echo 'make gpu-report  all that a GPU can testify, by the system Python (BUDGET=540 TUNE=1 OUT=out)'
 	@echo 'make aot       every committed Triton config compiled for each architecture, without a GPU'
+	@echo 'make cuda      builds the CUDA C++ kernels here (needs nvcc), and checks csrc/resources.txt'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make clean     removes both virtual environments'
 
@@ -50,6 +52,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+cuda: $(READY)
+	$(BIN)/python csrc/build.py --check-resources
 
 aot: $(READY)
 	$(BIN)/python benchmarks/aot.py --check
@@ -77,7 +82,7 @@ $(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt
 	@mkdir -p $(VENV) && touch $(VENV)/.incomplete
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	BERTGPT_BUILD_CUDA=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PIP) install --no-deps -r requirements-demo.txt
 	@rm $(VENV)/.incomplete && touch $@
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bertgpt import ops
+from bertgpt.cuda import extension
 from bertgpt.ops import Explanation
 
 _COMPILERS = ("cc", "gcc", "clang")
@@ -44,6 +45,7 @@ def inspect_machine() -> list[Finding]:
         _triton(),
         _gpu(),
         _nvcc(),
+        _extension(),
         _compiler(),
         _package("transformers", "`bertgpt demo` has nothing to compare with"),
         _package("tokenizers", "`bertgpt embed` and `generate --prompt` cannot read text"),
@@ -114,10 +116,17 @@ def _gpu() -> Finding:
 def _nvcc() -> Finding:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        return Finding("nvcc", "missing; nothing here is written in CUDA C++, so nothing needs it")
+        return Finding("nvcc", "missing; only building the CUDA C++ kernels needs it")
     done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
     release = next((line for line in done.stdout.splitlines() if "release" in line), nvcc)
     return Finding("nvcc", release.partition("release ")[2] or release)
+
+
+def _extension() -> Finding:
+    if (reason := extension.unavailable()) is None:
+        return Finding("CUDA C++ kernels", "built")
+    cost = "paged decoding, paged writes and add-norm run on Triton"
+    return Finding("CUDA C++ kernels", reason, cost if torch.cuda.is_available() else "")
 
 
 def _compiler() -> Finding:

@@ -51,6 +51,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+@pytest.fixture
+def host_engine(monkeypatch: pytest.MonkeyPatch):
+    """The C++ kernels on the host engine: backend "cuda" takes CPU tensors; gives the module."""
+    import host_engine
+
+    module = host_engine.plain()
+    host_engine.lend(module, monkeypatch)
+    return module
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -79,6 +79,45 @@ def triton_backend(module: str, run: Callable[..., Any]) -> Backend:
     return Backend(execute, refusal)
 
 
+def cuda_backend(module: str, run: Callable[..., Any]) -> Backend:
+    """A backend of `bertgpt.cuda.<module>`, the C++ kernels, imported at its first use.
+
+    `run` receives that module first, then the call; the module's `unsupported(**call)` refuses.
+    """
+
+    def execute(**call: Any) -> Any:
+        device = device_of(call)
+        # A launch goes to the current device, whichever the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return run(_cuda(module), **call)
+
+    def refusal(**call: Any) -> str | None:
+        reason = _cuda_cannot(call)
+        if reason is None:
+            reason = _cuda(module).unsupported(**call)
+        return reason
+
+    return Backend(execute, refusal)
+
+
+@cache
+def _cuda(module: str) -> ModuleType:
+    return importlib.import_module(f"bertgpt.cuda.{module}")
+
+
+def _cuda_cannot(call: Call) -> str | None:
+    """What no C++ kernel of this library does, whichever the op."""
+    built = _cuda("extension")
+    if (reason := built.unavailable()) is not None:
+        return reason
+    if call.get("needs_grad"):
+        return "it has no gradient and an input requires one (wrap the call in torch.no_grad())"
+    first = next(value for value in call.values() if isinstance(value, torch.Tensor))
+    if first.dtype == torch.float64:
+        return "float64 is for the torch and reference backends"
+    return built.wrong_device(first.device)
+
+
 @cache
 def _kernels(module: str) -> ModuleType:
     """`bertgpt.kernels.<module>`; Triton's interpreter is mended first where it is in use."""

@@ -10,7 +10,15 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_recomputed_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._dispatch import (
+    Backend,
+    Call,
+    Op,
+    check_backend,
+    cuda_backend,
+    needs_grad,
+    triton_backend,
+)
 
 
 def add_layer_norm(
@@ -109,6 +117,11 @@ def _run_triton(kernels: Any, *, dropout_p: float, seed: Tensor | None, **call: 
     return y, y.new_empty(0) if total is None else total
 
 
+def _run_cuda(kernels: Any, **call: Any) -> Any:
+    y, total = kernels.add_layer_norm(**call)
+    return y, y.new_empty(0) if total is None else total
+
+
 def _fake(call: Call) -> tuple[Tensor, Tensor]:
     x = call["x"]
     return x.new_empty(x.shape), x.new_empty(x.shape if call["return_sum"] else 0)
@@ -120,6 +133,7 @@ _OP = Op(
     " -> (Tensor, Tensor)",
     check=_check,
     backends={
+        "cuda": cuda_backend("add_layer_norm", _run_cuda),
         "triton": triton_backend("add_layer_norm", _run_triton),
         "torch": Backend(lambda **call: _run(portable.add_layer_norm, **call)),
         "reference": Backend(lambda **call: _run(reference.add_layer_norm, **call)),

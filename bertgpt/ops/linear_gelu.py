@@ -11,7 +11,15 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_recomputed_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._dispatch import (
+    Backend,
+    Call,
+    Op,
+    check_backend,
+    cuda_backend,
+    needs_grad,
+    triton_backend,
+)
 
 
 def linear_gelu(
@@ -99,6 +107,7 @@ _OP = Op(
     " -> Tensor",
     check=_check,
     backends={
+        "cuda": cuda_backend("linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c)),
         "triton": triton_backend("linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c)),
         "torch": Backend(lambda **call: _run(portable.linear_gelu, **call)),
         "reference": Backend(lambda **call: _run(reference.linear_gelu, **call)),

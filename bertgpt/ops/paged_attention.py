@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, triton_backend
+from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend, triton_backend
 from bertgpt.ops.paged_write import check_pages, without_gradient
 
 
@@ -205,7 +205,7 @@ def _no_lse(q: Tensor) -> Tensor:
     return q.new_empty(0, dtype=torch.float32)
 
 
-def _run_triton(kernels: Any, **call: Any) -> tuple[Tensor, Tensor]:
+def _run_kernels(kernels: Any, **call: Any) -> tuple[Tensor, Tensor]:
     def launch(**arguments: Any) -> Any:
         out, lse = kernels.paged_attention(**arguments)
         return (out, lse) if arguments["return_lse"] else out
@@ -226,7 +226,8 @@ _OP = Op(
     check=_check,
     check_values=_check_values,
     backends={
-        "triton": triton_backend("paged_attention", _run_triton),
+        "cuda": cuda_backend("paged_attention", _run_kernels),
+        "triton": triton_backend("paged_attention", _run_kernels),
         "torch": Backend(lambda **call: _run(portable.paged_attention, **call)),
         "reference": Backend(lambda **call: _run(reference.paged_attention, **call)),
     },

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, triton_backend
+from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend, triton_backend
 from bertgpt.ops.attention import MAX_HEAD_DIM
 
 
@@ -123,7 +123,7 @@ def _check_values(call: Call) -> None:
         )
 
 
-def _run_triton(kernels: Any, **call: Any) -> None:
+def _run_kernels(kernels: Any, **call: Any) -> None:
     for name in ("k", "v"):
         if call[name].stride(-1) != 1:
             call[name] = call[name].contiguous()
@@ -138,7 +138,8 @@ _OP = Op(
     check=_check,
     check_values=_check_values,
     backends={
-        "triton": triton_backend("paged_write", _run_triton),
+        "cuda": cuda_backend("paged_write", _run_kernels),
+        "triton": triton_backend("paged_write", _run_kernels),
         "torch": Backend(portable.paged_write),
         "reference": Backend(reference.paged_write),
     },

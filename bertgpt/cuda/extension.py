@@ -1,0 +1,116 @@
+"""The compiled extension `bertgpt._C`: where it is, why it is not, and what it reports later."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOST_ENGINE = "BERTGPT_HOST_ENGINE"  # path of a build for the host engine, which takes CPU tensors
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MIN_CAPABILITY = (7, 5)
+ACCESS_BYTES = 16
+_FLAGS: dict[torch.device, Tensor] = {}
+_MEANINGS = {  # of the bits in csrc/device/error_flag.cuh
+    1: "a page id in use lies outside the pool (its keys were skipped)",
+    2: "a length is negative, shorter than the shared prefix, or longer than its row of the page "
+    "table (it was clamped)",
+    4: "a slot lies past the last page (its token was skipped)",
+}
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The extension, or why there is none."""
+    path = os.environ.get(HOST_ENGINE)
+    try:
+        if path is None:
+            return importlib.import_module("bertgpt._C")
+        spec = importlib.util.spec_from_file_location("_host", path)
+        if spec is None or spec.loader is None:
+            return f"{HOST_ENGINE} is {path!r}, which is not an extension module"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        if path is None and isinstance(error, ModuleNotFoundError):
+            return "bertgpt._C is not built (install with nvcc on PATH, or run csrc/build.py)"
+        return f"the extension does not load: {error}"
+
+
+def extension() -> Any:
+    """The extension module; only after `unavailable()` has said None."""
+    module = _load()
+    assert not isinstance(module, str), module
+    return module
+
+
+def unavailable() -> str | None:
+    """Why no C++ kernel can run, or None."""
+    module = _load()
+    return module if isinstance(module, str) else None
+
+
+def wrong_device(device: torch.device) -> str | None:
+    """Why the extension at hand does not take tensors on `device`, or None."""
+    if extension().HOST:
+        return None if device.type == "cpu" else "the host engine takes CPU tensors alone"
+    if device.type != "cuda":
+        return f"the tensors are on {device}, it needs a CUDA device"
+    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
+    return None
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of torch's current stream on `device`; 0 for the host engine."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def error_flag(device: torch.device) -> int:
+    """The address of the word on `device` in which kernels tell of indices they skipped."""
+    if device not in _FLAGS:
+        _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _FLAGS[device].data_ptr()
+
+
+def raise_pending() -> None:
+    """Raises what kernels found wrong in index tensors since the last call; synchronises.
+
+    Raises:
+        IndexError: A page id, slot or length was out of range. Nothing outside the tensors was
+            read or written, and the device goes on working.
+    """
+    for device, flag in _FLAGS.items():
+        bits = int(flag)
+        if bits:
+            flag.zero_()
+            found = "; ".join(text for bit, text in _MEANINGS.items() if bits & bit)
+            raise IndexError(f"on {device}: {found}")
+
+
+def misaligned(tensor: Tensor) -> bool:
+    """Whether a row of `tensor` may start off a multiple of 16 bytes.
+
+    One whose last stride is not 1 is copied before it gets to a kernel, and so is not.
+    """
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        return False
+    size = tensor.element_size()
+    outer = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    strides = [stride for length, stride in outer if length > 1]
+    return bool(tensor.data_ptr() % ACCESS_BYTES or any(s * size % ACCESS_BYTES for s in strides))
+
+
+def misaligned_names(tensors: dict[str, Tensor | None]) -> str | None:
+    """The refusal of tensors with rows that 16-byte accesses cannot take, or None."""
+    names = [name for name, t in tensors.items() if t is not None and misaligned(t)]
+    if not names:
+        return None
+    return f"rows of {' and '.join(names)} do not start at multiples of {ACCESS_BYTES} bytes"

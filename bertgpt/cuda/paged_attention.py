@@ -1,0 +1,139 @@
+"""Launcher of `csrc/paged_decode.cuh`: one new token a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertgpt.cuda.extension import DTYPES, error_flag, extension, misaligned_names, stream_of
+
+HEAD_DIMS = (32, 64, 80, 96, 128)
+PAGE_SIZES = range(8, 257)
+MAX_KEYS = 2**27  # a split's key positions, at most a 32nd of it doubled, are divided in 32 bits
+MAX_ROWS = 2**31 - 1
+
+
+def unsupported(
+    *,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor | None,
+    **call: Any,
+) -> str | None:
+    """Why this kernel can't take a call that the common checks let through, or None."""
+    if cu_seqlens_q is not None:
+        return "it decodes one token a sequence, not chunks (cu_seqlens_q)"
+    if q.shape[2] not in HEAD_DIMS:
+        return f"head_dim {q.shape[2]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    page_size = k_pages.shape[2]
+    if page_size not in PAGE_SIZES:
+        return f"pages of {page_size} tokens are outside 8 … 256"
+    if (keys := page_table.shape[1] * page_size) > MAX_KEYS:
+        return f"the page table has room for {keys} keys a sequence, above {MAX_KEYS}"
+    if q.shape[0] * q.shape[1] > MAX_ROWS:
+        return f"{q.shape[0]} sequences of {q.shape[1]} heads are above {MAX_ROWS} rows"
+    return misaligned_names({"q": q, "k_pages": k_pages, "v_pages": v_pages})
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int,
+    causal: bool,
+    window: tuple[int, int] | None,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`paged_decode` with the arguments of the op; the newest token has no key to its right."""
+    return paged_decode(
+        q, k_pages, v_pages, page_table, lengths, window_left=window[0] if window else -1,
+        scale=scale, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def paged_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    window_left: int = -1,
+    scale: float | None = None,
+    return_lse: bool = False,
+    new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
+    prefix_keys: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of each sequence's newest token to its pages.
+
+    Args:
+        q: [B, H, D]; float32, float16 or bfloat16; unit last stride.
+        k_pages: [P, K, N, D], any strides with a unit last one.
+        v_pages: Like k_pages.
+        page_table: [B, max_pages] integers; ids out of range are skipped, and told of by
+            `extension.raise_pending`.
+        lengths: [B] integers, keys of each sequence with the new one; read on the device.
+        window_left: Keys before the newest one to keep, -1 for all.
+        scale: Factor of the scores; None is 1 / sqrt(D).
+        return_lse: Whether to compute the log-sum-exp.
+        new_k: [B, K, D]: the newest tokens' keys. They are attended to and stored in their pages
+            in the same launch, which then need not hold them. None: the pages hold them.
+        new_v: The values, likewise.
+        prefix_keys: How many leading keys all sequences share, in the pages that the first row of
+            the table names: they are read once for several sequences. No length may be below it.
+            0: none.
+
+    Returns:
+        out like q, contiguous, and lse float32 [H, B] (natural log) or None.
+
+    Raises:
+        ValueError: A window together with a shared prefix; one of new_k and new_v alone.
+        RuntimeError: The driver or the launch failed.
+    """
+    if window_left >= 0 and prefix_keys > 0:
+        raise ValueError("a window and a shared prefix exclude each other")
+    if (new_k is None) != (new_v is None):
+        raise ValueError("new_k and new_v go together")
+    (batch, heads, dim), (pages, kv_heads, page_size, _) = q.shape, k_pages.shape
+    max_pages = page_table.shape[1]
+    kernels = extension()
+    longest = max_pages * page_size
+    window_left = -1 if window_left >= longest else window_left
+    own = longest if window_left < 0 else min(longest, window_left + 1)
+    splits = max(1, min(kernels.MAX_SPLITS, -(-own // kernels.MIN_SPLIT_KEYS)))
+    slots = splits + kernels.count_splits(prefix_keys)
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(heads, batch, device=q.device) if return_lse else None
+    part = part_lse = None
+    if slots > 1:
+        part = torch.empty(batch, heads, slots, dim, device=q.device)
+        part_lse = torch.empty(batch, heads, slots, device=q.device)
+    new_strides = [
+        stride for t in (new_k, new_v) for stride in (t.stride()[:2] if t is not None else (0, 0))
+    ]
+    kernels.paged_decode(
+        q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(),
+        lengths.data_ptr(), out.data_ptr(), _address(lse), _address(part), _address(part_lse),
+        _address(new_k), _address(new_v), error_flag(q.device),
+        *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], *new_strides,
+        *page_table.stride(), lengths.stride(0), pages, batch, heads, kv_heads, dim, page_size,
+        max_pages, window_left, prefix_keys, slots, dim**-0.5 if scale is None else scale,
+        page_table.dtype == torch.int64, lengths.dtype == torch.int64, DTYPES[q.dtype],
+        stream_of(q.device),
+    )  # fmt: skip
+    return out, lse
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

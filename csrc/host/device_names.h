@@ -1,0 +1,127 @@
+// CUDA's device names for g++: what kernels written against gpu.cuh call when a CPU runs them.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "host/engine.h"
+
+// A raw __shared__ would silently be an ordinary variable: it must not compile.
+#undef __shared__
+#define __shared__ use_GPU_SHARED_for_shared_memory
+
+#define GPU_DEVICE inline
+#define GPU_KERNEL(...) void
+#define GPU_CONSTANT const
+#define GPU_SHARED(type, name, count)                                            \
+  type* const name = static_cast<type*>(                                         \
+      gpu_host::shared_memory(sizeof(type) * (count), gpu_host::Where::current()))
+
+#define threadIdx (gpu_host::indices().thread)
+#define blockIdx (gpu_host::indices().block)
+#define blockDim (gpu_host::indices().threads)
+#define gridDim (gpu_host::indices().blocks)
+
+using gpu_host::Where;
+
+inline void __syncthreads(Where where = Where::current()) { gpu_host::block_barrier(where); }
+
+// Every lane's value, seen by each; the mask must name the whole warp.
+template <typename T>
+inline T gpu_host_exchange(unsigned mask, T value, int lane, Where where) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  bits = gpu_host::warp_exchange(mask, bits, where)[lane & 31];
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+template <typename T>
+inline T __shfl_sync(unsigned mask, T value, int lane, Where where = Where::current()) {
+  return gpu_host_exchange(mask, value, lane, where);
+}
+template <typename T>
+inline T __shfl_xor_sync(unsigned mask, T value, int bits, Where where = Where::current()) {
+  return gpu_host_exchange(mask, value, gpu_host::lane() ^ bits, where);
+}
+template <typename T>
+inline T __shfl_up_sync(unsigned mask, T value, int by, Where where = Where::current()) {
+  const int lane = gpu_host::lane();
+  return gpu_host_exchange(mask, value, lane < by ? lane : lane - by, where);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote, Where where = Where::current()) {
+  const uint64_t* votes = gpu_host::warp_exchange(mask, vote, where);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(votes[lane] != 0) << lane;
+  return bits;
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, Where where = Where::current()) {
+  gpu_host::warp_exchange(mask, 0, where);
+}
+inline bool __any_sync(unsigned mask, bool vote, Where where = Where::current()) {
+  return __ballot_sync(mask, vote, where) != 0;
+}
+inline int __syncthreads_or(int vote, Where where = Where::current()) {
+  return gpu_host::block_or(vote != 0, where);
+}
+
+// Atomics let other threads go first now and then.
+inline int atomicOr(int* at, int bits) {
+  gpu_host::pause();
+  return __atomic_fetch_or(at, bits, __ATOMIC_RELAXED);
+}
+template <typename T>
+inline T atomicAdd(T* at, T by) {
+  gpu_host::pause();
+  return __atomic_fetch_add(at, by, __ATOMIC_RELAXED);
+}
+
+inline uint4 gpu_load16(const void* from, Where where = Where::current()) {
+  gpu_host::check_aligned(from, where);
+  return *static_cast<const uint4*>(from);
+}
+inline uint4 gpu_load16_streaming(const void* from, Where where = Where::current()) {
+  return gpu_load16(from, where);
+}
+inline void gpu_store16(void* to, uint4 value, Where where = Where::current()) {
+  gpu_host::check_aligned(to, where);
+  *static_cast<uint4*>(to) = value;
+}
+
+inline void gpu_copy16_async(void* to_shared, const void* from, bool valid,
+                             Where where = Where::current()) {
+  gpu_host::check_aligned(to_shared, where);
+  if (valid) gpu_host::check_aligned(from, where);
+  gpu_host::copy_async(to_shared, valid ? from : nullptr);
+}
+inline void gpu_copies_commit() { gpu_host::copies_commit(); }
+template <int pending>
+inline void gpu_copies_wait() {
+  // Here, where sanitizers see each access and its line, the copies are performed.
+  while (gpu_host::Copy* copy = gpu_host::copy_due(pending)) {
+    *static_cast<uint4*>(copy->to) =
+        copy->from == nullptr ? uint4{0, 0, 0, 0} : *static_cast<const uint4*>(copy->from);
+  }
+}
+
+template <typename T>
+inline T __ldg(const T* from) {
+  return *from;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
+}
+inline int min(int a, int b) { return a < b ? a : b; }
+
+inline float gpu_exp2(float x) { return exp2f(x); }
+inline float gpu_log(float x) { return logf(x); }
+inline float gpu_erf(float x) { return erff(x); }
+inline float gpu_sqrt(float x) { return sqrtf(x); }
+
+inline int gpu_multiprocessors() { return 2; }  // few blocks: each takes several pieces of work
+
+template <typename... Parameters, typename... Arguments>
+void gpu_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* /*stream*/,
+                Arguments... arguments) {
+  gpu_host::launch(blocks, threads, [&] { kernel(arguments...); });
+}

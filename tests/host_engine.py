@@ -1,0 +1,66 @@
+"""Builds the C++ kernels for the host engine, and lends them to backend "cuda" on CPU tensors."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bertgpt.cuda import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "host"
+
+
+@cache
+def builder() -> ModuleType:
+    """`csrc/build.py`."""
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["csrc_build"] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def skip_unless_buildable() -> None:
+    reason = builder().missing_for_host()
+    if reason is not None:
+        pytest.skip(f"the host engine cannot be built: {reason}")
+
+
+@cache
+def load(path: Path) -> ModuleType:
+    # pybind11 keeps one module for each full name, and the last part names its entry point.
+    name = f"{path.name.partition('.')[0]}._host"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plain() -> ModuleType:
+    """The kernels as they are; from BERTGPT_HOST_ENGINE where that names a build."""
+    if path := os.environ.get(extension.HOST_ENGINE):
+        return load(Path(path))
+    skip_unless_buildable()
+    return load(builder().build_host(BUILD))
+
+
+def changed(name: str, file: str, old: str, new: str, units: tuple[str, ...], folder: Path):
+    """A `Change` of `csrc/`: in `file`, `old` (which is there once) becomes `new`."""
+    copy = folder / name
+    shutil.copytree(ROOT / "csrc", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (copy / file).read_text()
+    assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
+    (copy / file).write_text(text.replace(old, new))
+    return builder().Change(name, copy, units)
+
+
+def lend(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Backend "cuda" runs on this module."""
+    patch.setattr(extension, "_load", lambda: module)
+    patch.setattr(extension, "_FLAGS", {})

@@ -1,0 +1,66 @@
+"""The C++ kernels on a card: repeats under a competing stream, captured launches, bad indices."""
+
+import pytest
+import torch
+from tolerance import assert_accurate, assert_bitwise
+
+from bertgpt import ops, reference
+from bertgpt.cuda import extension
+from bertgpt.cuda.paged_attention import paged_decode
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(extension.unavailable() is not None, reason="bertgpt._C is not built"),
+]
+PAGES, SIZE, HEADS, DIM = 40, 16, 4, 64
+
+
+@pytest.fixture
+def decode():
+    """q, k_pages, v_pages, page_table, lengths on the card."""
+    pages = [torch.randn(PAGES, 2, SIZE, DIM, device="cuda").half() for _ in range(2)]
+    q = torch.randn(2, HEADS, DIM, device="cuda").half()
+    table = torch.arange(PAGES, device="cuda", dtype=torch.int32).view(2, -1)
+    return q, *pages, table, torch.tensor([7, 300], device="cuda", dtype=torch.int32)
+
+
+def test_decoding_is_accurate_on_the_card(decode):
+    out = ops.paged_attention(*decode, backend="cuda")
+    doubles = [t.double() for t in decode[:3]]
+    oracle = reference.paged_attention(*doubles, *decode[3:])
+    assert_accurate(out, oracle, reference.paged_attention(*decode))
+
+
+def test_a_thousand_repeats_under_a_competing_stream_are_bitwise_equal(decode):
+    first = ops.paged_attention(*decode, backend="cuda").clone()
+    other = torch.cuda.Stream()
+    load = torch.randn(2048, 2048, device="cuda")
+    for repeat in range(1000):
+        if repeat % 10 == 0:
+            with torch.cuda.stream(other):
+                load @ load
+        assert_bitwise(ops.paged_attention(*decode, backend="cuda"), first)
+
+
+def test_a_captured_decode_follows_lengths_and_pages(decode):
+    *_, table, lengths = decode
+    ops.paged_attention(*decode, backend="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.paged_attention(*decode, backend="cuda")
+    for changed in ([7, 300], [320, 1], [33, 0]):
+        lengths.copy_(torch.tensor(changed, dtype=torch.int32))
+        table.copy_(torch.randperm(PAGES, dtype=torch.int32).view(2, -1))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise(captured, ops.paged_attention(*decode, backend="cuda"))
+
+
+def test_bad_indices_are_told_of_and_the_context_survives(decode):
+    *_, table, _ = decode
+    table[1, 3] = 10**6
+    paged_decode(*decode)
+    with pytest.raises(IndexError, match="page id in use lies outside the pool"):
+        extension.raise_pending()
+    assert torch.ones(3, device="cuda").sum().item() == 3
