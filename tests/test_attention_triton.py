@@ -134,6 +134,12 @@ def test_every_head_dim(D):
     check(*qkv(D=D, L=33, S=50, dtype=dtype), causal=True, factor=3)
 
 
+@pytest.mark.parametrize("config", TILES)
+def test_query_heads_share_their_groups_keys(config, tiles):
+    tiles(TILES[config])
+    check(*qkv(B=2, H=6, K=3, dtype=torch.float16), causal=True)
+
+
 @pytest.mark.parametrize("L", awkward_sizes(16))
 @pytest.mark.parametrize("S", awkward_sizes(16))
 def test_sizes_around_a_tile(L, S, tiles):
@@ -258,6 +264,12 @@ def test_finite_biases_never_mask(tiles):
     low[..., 2] = torch.finfo(torch.float32).max
     out, _ = check(q, k, v, mask=low)
     torch.testing.assert_close(out[0, 2, 0], v[0, 2, 0])
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-42, 2.0])
+def test_scales_of_any_sign(scale, dtype, tiles):
+    check(*qkv(B=2, dtype=dtype), scale=scale, causal=True, key_lengths=torch.tensor([21, 0]))
 
 
 def test_half_masks_and_float32_masks_beside_half(tiles):
