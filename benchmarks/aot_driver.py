@@ -42,9 +42,11 @@ class Launch:
 
 
 class _Launcher:
-    """Stands where Triton's generated launcher would: notes the call and returns."""
+    """Stands where Triton's generated launcher would: notes the call and returns.
 
-    launches: list[Launch]
+    Triton keeps it with the compiled kernel, so a later call may come while another driver is
+    active: that one takes the note.
+    """
 
     def __init__(self, source: Any, metadata: Any) -> None:
         names = source.fn.arg_names
@@ -54,7 +56,7 @@ class _Launcher:
     def __call__(
         self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: bytes, *rest: Any
     ) -> None:
-        self.launches.append(
+        triton.runtime.driver.active.launches.append(
             Launch(
                 kernel=self.metadata.name,
                 constants=self.constants,
@@ -88,10 +90,12 @@ class _Utilities:
 class CompileOnlyDriver(GPUDriver):
     """Pretends to be one GPU of the given compute capability."""
 
-    def __init__(self, capability: int, launches: list[Launch]) -> None:
+    launcher_cls = _Launcher
+
+    def __init__(self, capability: int) -> None:
         self.capability = capability
+        self.launches: list[Launch] = []
         self.utils = _Utilities(capability)
-        self.launcher_cls = type("_Launcher", (_Launcher,), {"launches": launches})
         # Triton keeps compiled kernels by device: one device number for each capability.
         self.get_current_device = lambda: capability
         self.set_current_device = lambda device: None
@@ -121,7 +125,7 @@ class CompileOnlyDriver(GPUDriver):
 
 def launches_of(call: Callable[[], object], capability: int) -> list[Launch]:
     """Every kernel that `call` launches on a GPU of this compute capability, compiled."""
-    launches: list[Launch] = []
-    triton.runtime.driver.set_active(CompileOnlyDriver(capability, launches))
+    driver = CompileOnlyDriver(capability)
+    triton.runtime.driver.set_active(driver)
     call()
-    return launches
+    return driver.launches

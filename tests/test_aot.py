@@ -126,6 +126,12 @@ def test_one_cubin_is_one_kernel():
     assert launch.constants["N"] == 32
 
 
+def test_a_kernel_launched_before_is_seen_again():
+    first, second = (launches_of(lambda: _product(16, 16, torch.float16), 90) for _ in range(2))
+    assert first == second
+    assert len(second) == 1
+
+
 def test_cases_have_names_of_their_own():
     names = [(case.op, case.name) for case in CASES]
     assert len(set(names)) == len(names)
