@@ -65,7 +65,8 @@ def pick_config(
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     exact = dtype_bytes == 4  # products without tensor cores: operands live in registers
-    largest = 64 if not exact else 32 if block_d <= 128 else 16
+    wide = exact and block_d > 64  # the least tile is what fits them
+    largest = 64 if not exact else 16 if wide else 32
     block_m = min(largest, max(16, triton.next_power_of_2(rows)))
     split_keys = 0
     if rows <= block_m:
@@ -73,10 +74,10 @@ def pick_config(
         while split_keys * (1024 // block_m) < max_keys:
             split_keys *= 2
     crowded = block_m == 64 and block_d >= 128 and capability // 10 not in (9, 10)
-    block_n = 32 if exact or crowded else 64
+    block_n = 16 if wide else 32 if exact or crowded else 64
     stage_kib = max(1, 2 * block_n * block_d * dtype_bytes // 1024)
     shared_kib = _SHARED_KIB[max(c for c in _SHARED_KIB if c <= capability)]
-    num_stages = max(2, min(4, shared_kib // 2 // stage_kib))
+    num_stages = max(2, min(2 if wide else 4, shared_kib // 2 // stage_kib))
     num_warps = 8 if block_d * dtype_bytes >= 512 or (exact and block_m == 32) else 4
     return Config(block_m, block_n, split_keys, num_warps, num_stages)
 
