@@ -305,6 +305,7 @@ def test_the_gpu_report_rehearsed_from_end_to_end(tmp_path):
     )
     document, rows = results.read(tmp_path / "report.json")
     stages = {stage["name"]: stage["outcome"] for stage in document["stages"]}
+    assert stages["build"] == "skipped"
     assert stages["validate"] == "passed", done.stdout + done.stderr
     assert stages["suite"] == "passed", done.stdout + done.stderr
     assert stages["GPU tests"] == "passed", done.stdout + done.stderr
