@@ -6,6 +6,7 @@ command line itself, 1 for anything else. Libraries are imported by the command 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +57,8 @@ def validate(
 @app.command()
 def demo() -> None:
     """Run two real models, side by side with transformers."""
+    # Read when torch is imported: on a busy machine, threads that wait by spinning take minutes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from bertgpt.demo import main as run_demo
 
     raise typer.Exit(run_demo(Console()))
