@@ -18,6 +18,7 @@ from rich.table import Table
 from bertgpt import ops
 from bertgpt.cuda import extension
 from bertgpt.ops import Explanation
+from bertgpt.ops._dispatch import BACKENDS
 
 _COMPILERS = ("cc", "gcc", "clang")
 
@@ -69,7 +70,7 @@ def report(console: Console) -> None:
     answers = explain_ops(device)
     table = Table("op", "runs on", "can be asked for", title=f"Ops in half precision on {device}")
     for answer in answers:
-        others = [b for b in ("triton", "torch", "reference") if b not in answer.refusals]
+        others = [b for b in BACKENDS if b not in answer.refusals]
         table.add_row(answer.op, f"[green]{answer.backend}[/]", ", ".join(others))
     console.print(table)
 
