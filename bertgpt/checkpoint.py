@@ -298,7 +298,9 @@ def write_folder(folder: Path, config: Mapping[str, Any], state: Mapping[str, Te
 
     Raises:
         FileExistsError: `folder` is a file.
+        TypeError: The configuration holds what JSON cannot; nothing has been written.
     """
+    config_text(config)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     partial = folder / f".{SAFETENSORS}.partial"
@@ -309,6 +311,17 @@ def write_folder(folder: Path, config: Mapping[str, Any], state: Mapping[str, Te
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes config.json whole or not at all."""
+    text = config_text(config)
     partial = folder / f".{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    partial.write_text(text, "utf-8")
     partial.replace(folder / CONFIG)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A configuration as config.json holds it; TypeError names a value that JSON cannot hold."""
+    for name, value in config.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise TypeError(f"the configuration's {name} cannot be saved: {error}") from None
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

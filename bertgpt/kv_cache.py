@@ -132,6 +132,7 @@ class PagedKVCache:
             int64 [sum(counts)] slots for `paged_write`, in the order given: page · N + place.
 
         Raises:
+            TypeError: A count is not an int.
             ValueError: An id is unknown, freed or given twice, a count is negative, or there is
                 not one count for each id.
             OutOfPages: There are too few free pages; nothing has changed.
@@ -142,6 +143,8 @@ class PagedKVCache:
             raise ValueError(f"a sequence is given twice: {list(sequences)}")
         entries = [self._entry(sequence) for sequence in sequences]
         for sequence, count in zip(sequences, counts, strict=True):
+            if not isinstance(count, int):
+                raise TypeError(f"sequence {sequence} has the count {count!r}, not an integer")
             if count < 0:
                 raise ValueError(f"sequence {sequence} has the negative count {count}")
         self._grow([(e, e.length + n) for e, n in zip(entries, counts, strict=True)])

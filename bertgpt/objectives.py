@@ -77,6 +77,10 @@ def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
         single = "single_label_classification" if integers else "multi_label_classification"
         problem = "regression" if config.num_labels == 1 else single
     if problem == "regression":
+        if labels.numel() != logits.numel():
+            raise ValueError(
+                f"labels must have shape {list(logits.shape)}, not {list(labels.shape)}"
+            )
         return F.mse_loss(logits.squeeze().float(), labels.squeeze().float())
     if problem == "single_label_classification":
         return cross_entropy(logits, labels.view(-1))
@@ -96,14 +100,28 @@ def span_loss(
     Args:
         logits: `[T, 2]`, scores as start and as end.
         start_positions: `[B]` (or `[B, 1]`) columns of the padded row, or positions in the packed
-            sequence; outside the row they are ignored.
+            sequence; outside the row, or where it holds no token, they are ignored.
         end_positions: likewise.
         batch: the tokens' batch.
+
+    Raises:
+        TypeError: positions that are no integers.
+        ValueError: not one position a sequence.
     """
     scores = pad(logits.float(), batch, fill=torch.finfo(torch.float32).min)
-    length = scores.shape[1]
-    losses = [
-        F.cross_entropy(scores[..., i], place.view(-1).clamp(0, length), ignore_index=length)
-        for i, place in enumerate((start_positions, end_positions))
-    ]
+    real = pad(torch.ones_like(logits[:, 0], dtype=torch.bool), batch)
+    rows, length = real.shape
+    losses = []
+    for i, (name, given) in enumerate(
+        (("start_positions", start_positions), ("end_positions", end_positions))
+    ):
+        if given.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, not {given.dtype}")
+        if given.numel() != rows:
+            raise ValueError(f"{name} must hold {rows} positions, not {list(given.shape)}")
+        place = given.view(-1, 1).long().clamp(min=0)
+        inside = place < length
+        inside &= real.gather(1, place.clamp(max=max(length - 1, 0))) if length else inside
+        target = place.masked_fill(~inside, IGNORE).view(-1)
+        losses.append(F.cross_entropy(scores[..., i], target, ignore_index=IGNORE))
     return (losses[0] + losses[1]) / 2

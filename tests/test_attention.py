@@ -238,7 +238,9 @@ def test_a_query_without_keys_gives_zero_and_minus_infinity(backend):
 def test_a_finite_bias_however_large_rules_nothing_out(backend, dtype):
     q, k, v = qkv(dtype=dtype)
     lowest = torch.full((5, 7), torch.finfo(torch.float32).min)
+    beyond = torch.full((5, 7), -1e300, dtype=torch.float64)
     out = ops.attention(q, k, v, mask=lowest, backend=backend)
+    assert_bitwise(ops.attention(q, k, v, mask=beyond, backend=backend), out)
     mean = v.double().mean(dim=1, keepdim=True).repeat_interleave(2, dim=2).expand(2, 5, 4, 8)
     torch.testing.assert_close(out.double(), mean, rtol=1e-2, atol=1e-2)
 

@@ -350,3 +350,23 @@ def test_copies_keep_names_and_ties():
     twin = copy.deepcopy(model)
     assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
     assert list(twin.state_dict()) == list(model.state_dict())
+
+
+def test_an_answer_outside_its_sequence_is_ignored():
+    model = bert.BertForQuestionAnswering(bert.BertConfig(**BERT)).eval()
+    batch = pack([[1, 2], [1, 2, 3, 4]])
+    inside, outside = torch.tensor([1, 1]), torch.tensor([3, 1])
+    loss = model(batch, start_positions=outside, end_positions=outside).loss
+    alone = model(pack([[1, 2, 3, 4]]), start_positions=inside[1:], end_positions=inside[1:]).loss
+    torch.testing.assert_close(loss, alone)
+    with pytest.raises(TypeError, match="start_positions must be int32 or int64"):
+        model(batch, start_positions=inside.float(), end_positions=inside)
+    with pytest.raises(ValueError, match="must hold 2 positions"):
+        model(batch, start_positions=inside[:1], end_positions=inside)
+
+
+def test_regression_labels_of_another_shape_are_refused():
+    config = bert.BertConfig(**BERT, num_labels=1)
+    model = bert.BertForSequenceClassification(config).eval()
+    with pytest.raises(ValueError, match=r"labels must have shape \[2, 1\]"):
+        model(pack([[1, 2], [3]]), labels=torch.rand(1))

@@ -327,3 +327,10 @@ def test_every_named_tensor_is_read_from_its_header_first(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "read_tensors", lambda entries: pytest.fail("data was read"))
     with pytest.raises(ValueError, match="pooler"):
         bert.BertModel.from_pretrained(folder)
+
+
+def test_a_config_that_json_cannot_hold_leaves_no_folder(tmp_path):
+    model = bert.BertModel(bert.BertConfig(**BERT, extra={1, 2}))
+    with pytest.raises(TypeError, match="configuration's extra cannot be saved"):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

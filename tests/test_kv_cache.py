@@ -221,3 +221,12 @@ def test_prefill_and_decoding_equal_attention_over_everything(prompts, steps):
     for rows, (q, k, v) in zip(outs, tokens, strict=True):
         expected = attention(q[None], k[None], v[None], causal=True)[0]
         torch.testing.assert_close(torch.cat(rows), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fractional_count_changes_nothing():
+    cache = small_cache()
+    sequences = [cache.allocate(1), cache.allocate(1)]
+    before = cache.lengths(sequences).tolist(), cache.num_free_pages
+    with pytest.raises(TypeError, match=r"count 8\.5, not an integer"):
+        cache.append(sequences, [9, 8.5])
+    assert (cache.lengths(sequences).tolist(), cache.num_free_pages) == before

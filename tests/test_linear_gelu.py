@@ -174,7 +174,7 @@ def test_low_precision_gradients(dtype):
         ({"b": torch.ones(6, device="meta")}, ValueError, "b is on meta"),
         ({"approximate": "erf"}, ValueError, "approximate must be"),
         ({"backend": "numpy"}, ValueError, "unknown backend"),
-        ({"backend": "cuda"}, ops.BackendUnavailable, "no CUDA C"),
+        ({"backend": "cuda"}, ops.BackendUnavailable, "'cuda' refuses"),
         ({"backend": "triton"}, ops.BackendUnavailable, "CPU|not installed"),
     ],
 )
@@ -216,3 +216,11 @@ def test_autocast_and_flops():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         ops.linear_gelu(x.expand(3, 5, 7), w, b)
     assert counter.get_total_flops() == 2 * 15 * 7 * 6
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_any_bias_stride(backend):
+    x, w, b = inputs()
+    for odd in (b.repeat_interleave(2)[::2], b[:1].expand(b.shape)):
+        expected = ops.linear_gelu(x, w, odd.clone(), backend=backend)
+        assert_bitwise(ops.linear_gelu(x, w, odd, backend=backend), expected)

@@ -107,9 +107,11 @@ def check_window(window: Any) -> tuple[int, int]:
     """`window` is None or (left, right), each −1 (unbounded) or more; returns the pair."""
     if window is None:
         return (-1, -1)
-    if len(window) != 2:
+    if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(f"window must be (left, right), not {window!r}")
     left, right = window
+    if not (isinstance(left, int) and isinstance(right, int)):
+        raise TypeError(f"window bounds must be integers, not {window!r}")
     if left < -1 or right < -1:
         raise ValueError(f"window bounds must be -1 (unbounded) or more, not {window!r}")
     return (left, right)
@@ -129,7 +131,11 @@ def as_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
     if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise TypeError(f"seed must be an int or a 0-dim int64 tensor, not {seed!r}")
         return seed
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or a 0-dim int64 tensor, not {seed!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit 64 bits, not {seed}")
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)

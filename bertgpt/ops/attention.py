@@ -183,6 +183,11 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
     aligned = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(aligned) != 4 or any(m not in (1, n) for m, n in zip(aligned, shape, strict=True)):
         raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to [B, H, L, S] = {shape}")
+    if mask.dtype == torch.float64 and q.dtype != torch.float64:
+        # Scores are added up in float32: a finite bias must stay finite there.
+        finite = torch.finfo(torch.float32)
+        clamped = mask.clamp(finite.min, finite.max).float()
+        mask = clamped.masked_fill(mask == -torch.inf, -torch.inf)
     return mask.expand(shape)
 
 

@@ -36,7 +36,7 @@ def _has_fused_epilogue(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     """Whether oneDNN runs the GELU on the GEMM's tiles: float32 on a CPU, without gradients."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or 0 in (*x.shape, *w.shape):
         return False
-    if not (x.is_contiguous() and w.is_contiguous()):
+    if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
         return False
