@@ -54,6 +54,9 @@ def map_keys(module: nn.Module, table: KeyTable, transposed: Iterable[str] = ())
                 if any(key not in state for key in keys):
                     continue
                 pieces = [state.pop(key) for key in keys]
+                if any(piece.shape != pieces[0].shape for piece in pieces):
+                    shapes = {key: list(p.shape) for key, p in zip(keys, pieces, strict=True)}
+                    raise ValueError(f"the shapes must agree to be fused, not {shapes}")
                 whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
                 state[f"{prefix}{ours}.{tail}"] = whole.t() if ours in flip else whole
 

@@ -49,7 +49,7 @@ def validate(
     """Measure the error of every op, backend and dtype against the float64 reference."""
     from bertgpt import validate as validation
 
-    rows = validation.run(op=op, device=device)
+    rows = validation.run(op=op, device=None if device is None else _device(device))
     validation.print_table(rows)
     raise typer.Exit(0 if all(row.verdict != "FAIL" for row in rows) else 1)
 

@@ -66,6 +66,9 @@ def enter(
         "position_ids": position_ids,
         "inputs_embeds": inputs_embeds,
     }
+    for name, value in rest.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     if isinstance(input_ids, PackedBatch):
         for name, value in rest.items():
             if value is not None:

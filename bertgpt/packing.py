@@ -73,6 +73,9 @@ class PackedBatch:
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("values", "cu_seqlens"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name} must be a tensor; bertgpt.pack makes a batch from lists")
         if self.cu_seqlens.dtype != torch.int32:
             raise TypeError(f"cu_seqlens must be int32, not {self.cu_seqlens.dtype}")
         tokens = sum(self.lengths)
@@ -224,6 +227,9 @@ def unpad(
         ValueError: a shape does not match `attention_mask`, the mask is not `[B, L]`, or it holds
             negative values (as additive masks do).
     """
+    for name, value in (("padded", padded), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
     if attention_mask.ndim != 2 or padded.shape[:2] != attention_mask.shape:
         raise ValueError(
             f"attention_mask must have the shape [B, L] of the padded tensor, not "
@@ -276,6 +282,8 @@ def pad(
     Raises:
         ValueError: `values` has not one row per token, or `side` is unknown.
     """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a tensor, not {type(values).__name__}")
     if values.shape[:1] != batch.values.shape[:1]:
         raise ValueError(
             f"values has {values.shape[0] if values.ndim else 0} rows, but the batch has "

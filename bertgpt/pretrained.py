@@ -52,6 +52,8 @@ class PretrainedConfig:
                 self._unknown.append(name)
             setattr(self, name, value)
         if self.id2label is not None:
+            if not isinstance(self.id2label, Mapping):
+                raise ValueError(f"id2label must map class numbers to names, not {self.id2label!r}")
             self.id2label = {int(i): name for i, name in self.id2label.items()}
         if labels is not None and labels != self.num_labels:
             self.num_labels = labels
@@ -137,12 +139,35 @@ def refuse(instead: str, **arguments: Any) -> None:
         require(not given, name, _GIVEN, instead)
 
 
+_MAY_BE_ZERO = ("num_hidden_layers", "n_layer", "type_vocab_size")
+_NOT_DONE = {
+    "quantization_config": "load full-precision weights",
+    "pruned_heads": "load a checkpoint with all its heads",
+    "is_encoder_decoder": "these models are one stack",
+    "chunk_size_feed_forward": "leave it 0, the feed-forward layer is fused",
+}
+
+
+def _check_sizes(config: Any) -> None:
+    for known in fields(config):
+        if known.type == "int" and not known.name.endswith("_token_id"):
+            value = getattr(config, known.name)
+            least = 0 if known.name in _MAY_BE_ZERO else 1
+            whole = isinstance(value, int) and value >= least
+            require(whole, known.name, value, f"it must be an integer of {least} or more")
+
+
 def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> None:
     """Refuses what no model here does.
 
     Raises:
-        ValueError: the width does not split into heads, or the activation has no op.
+        ValueError: a size is no positive integer, the width does not split into heads, the
+            activation has no op, or the config asks for something else that is not done here.
     """
+    _check_sizes(config)
+    for field, instead in _NOT_DONE.items():
+        value = getattr(config, field, None)
+        require(not value, field, value, instead)
     require(
         heads > 0 and width % heads == 0,
         "num_attention_heads",
@@ -151,7 +176,7 @@ def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> 
     )
     activation = getattr(config, activation_field)
     require(
-        activation in ACTIVATIONS,
+        isinstance(activation, str) and activation in ACTIVATIONS,
         activation_field,
         activation,
         f"choose one of {', '.join(ACTIVATIONS)}",

@@ -351,10 +351,14 @@ def test_float32_products_follow_torchs_setting(monkeypatch):
     assert seen == ["ieee", "tf32"]
 
 
-def test_a_float64_mask_is_refused():
+def test_a_float64_mask_keeps_its_finite_values_finite():
     q, k, v = qkv()
-    with pytest.raises(ops.BackendUnavailable, match="float64 mask"):
-        ops.attention(q, k, v, mask=torch.zeros(20, 37, dtype=torch.float64), backend="triton")
+    mask = additive(20, 37).double()
+    check(q, k, v, mask=mask)
+    lowest = torch.full((20, 37), -1e300, dtype=torch.float64)
+    out = ops.attention(q, k, v, mask=lowest, backend="triton")
+    torch.testing.assert_close(out, v.mean(dim=1, keepdim=True).expand_as(out))
+    assert "float64" in kernel.unsupported(mask=mask)  # what a launcher alone would lose
 
 
 def test_configs_are_powers_of_two_for_every_machine():

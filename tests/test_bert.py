@@ -370,3 +370,29 @@ def test_regression_labels_of_another_shape_are_refused():
     model = bert.BertForSequenceClassification(config).eval()
     with pytest.raises(ValueError, match=r"labels must have shape \[2, 1\]"):
         model(pack([[1, 2], [3]]), labels=torch.rand(1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("quantization_config", {"bits": 4}),
+        ("pruned_heads", {"0": [1]}),
+        ("is_encoder_decoder", True),
+        ("chunk_size_feed_forward", 4),
+        ("num_hidden_layers", -1),
+        ("hidden_size", "16"),
+        ("vocab_size", 0),
+        ("hidden_act", ["gelu"]),
+        ("id2label", ["a", "b"]),
+    ],
+)
+def test_a_config_that_asks_for_more_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        bert.BertModel(bert.BertConfig(**{**BERT, field: value}))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "token_type_ids", "position_ids"])
+def test_a_list_in_place_of_a_tensor_is_named(name):
+    model = bert.BertModel(bert.BertConfig(**BERT)).eval()
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, not list"):
+        model(torch.ones(1, 3, dtype=torch.long), **{name: [[1, 1, 1]]})

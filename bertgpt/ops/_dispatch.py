@@ -178,6 +178,7 @@ class Op:
     ) -> None:
         self.name = schema.partition("(")[0]
         self.check = check
+        check.__qualname__ = self.name  # what Python calls it where arguments are missing
         self.check_values = check_values
         self.backends = backends
         self.differentiable = differentiable
@@ -322,7 +323,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if name not in OPS:
         raise ValueError(f"unknown op {name!r}: choose one of {', '.join(sorted(OPS))}")
     record = OPS[name]
-    call = record.check(*args, **kwargs)
+    with torch.random.fork_rng(devices=[]):  # a check may draw a dropout seed
+        call = record.check(*args, **kwargs)
     refusals = {b: r for b in BACKENDS if (r := record.refusal(b, call)) is not None}
     asked = call["backend"]
     order = default_order(device_of(call)) if asked is None else (asked,)

@@ -204,6 +204,8 @@ def _check_packed(side: str, cu_seqlens: Any, max_seqlen: Any, tokens: Tensor) -
     checks.check_device(f"cu_seqlens_{side}", cu_seqlens, side, tokens)
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens_{side} must hold B + 1 entries, starting with 0; it is empty")
+    if max_seqlen is not None and not isinstance(max_seqlen, int | torch.SymInt):
+        raise TypeError(f"max_seqlen_{side} must be an integer, not {max_seqlen!r}")
     if max_seqlen is not None and max_seqlen < 0:
         raise ValueError(f"max_seqlen_{side} must not be negative, it is {max_seqlen}")
 
