@@ -88,8 +88,8 @@ def _packed(
     """Attention within each packed sequence, all sequences of one length in one call.
 
     Nothing is padded, so nothing needs a mask, and where a bucket's sequences lie side by side
-    (one alone always does) its rows are a view. On a CPU that halves the time of buckets that pad
-    like lengths together: their masks and gathers cost more than the calls they save.
+    (one alone always does) its rows are a view. Padding like lengths together would save calls,
+    but needs a mask and a gather for each bucket.
     """
     starts_q = cu_seqlens_q.tolist()
     starts_k = starts_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
