@@ -12,13 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from bertgpt import objectives, ops
-from bertgpt.bert_encoder import BertConfig, BertModel, BertPreTrainedModel, Ids
+from bertgpt.bert_encoder import (
+    ENCODER_ALONE,
+    BertConfig,
+    BertModel,
+    BertPreTrainedModel,
+    Ids,
+)
 from bertgpt.checkpoint import map_keys
 from bertgpt.door import Run, leave
 from bertgpt.layers import ACTIVATIONS, AddNorm
 from bertgpt.outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from bertgpt.packing import PackedBatch
-from bertgpt.pretrained import require
+from bertgpt.pretrained import refuse, require
 
 __all__ = [
     "BertConfig",
@@ -131,6 +137,30 @@ class BertForMaskedLM(_TiedHead):
     """Scores of every word for every token, `[B, L, V]` (packed: `[T, V]`)."""
 
     pooled = False
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Ids = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """As the other heads; both `encoder_` arguments are refused."""
+        refuse(
+            ENCODER_ALONE,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        options = (output_attentions, output_hidden_states, return_dict)
+        return super().forward(*inputs, labels, *options)
 
     def _score(self, run: Run, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logits = self._predictions(run.last)

@@ -21,6 +21,7 @@ from bertgpt.packing import PackedBatch
 from bertgpt.pretrained import PretrainedConfig, PreTrainedModel, check_shapes, refuse, require
 
 Ids = Tensor | PackedBatch | None
+ENCODER_ALONE = "an encoder attends to its own tokens only; leave it out"
 
 
 @dataclass(init=False, eq=False)
@@ -189,7 +190,7 @@ class BertModel(BertPreTrainedModel):
             IndexError: an id outside its table.
         """
         refuse(
-            "an encoder attends to its own tokens only; leave it out",
+            ENCODER_ALONE,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,

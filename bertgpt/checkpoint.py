@@ -110,11 +110,11 @@ def resolve_folder(path_or_id: str | os.PathLike[str], *, allow_pickle: bool = F
         ) from error
 
 
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """A JSON object.
+def read_json(file: Path, what: str, kind: type[dict[str, Any]] | type[list[Any]] = dict) -> Any:
+    """A JSON object, or a list where `kind` says so.
 
     Raises:
-        FileNotFoundError: the file is absent.
+        FileNotFoundError: the file is absent; `what` says what it is for.
         ValueError: it holds something else.
     """
     if not file.is_file():
@@ -123,8 +123,9 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         value = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}): fetch or write it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(value).__name__}")
+    if not isinstance(value, kind):
+        wanted = "object" if kind is dict else "list"
+        raise ValueError(f"{file} must hold a JSON {wanted}, not a {type(value).__name__}")
     return value
 
 
@@ -235,7 +236,7 @@ def match_names(
     expected: Mapping[str, Tensor],
     base_prefix: str,
     tied: Mapping[str, str],
-) -> tuple[dict[str, Entry], list[str]]:
+) -> tuple[dict[str, Entry], list[str], list[str]]:
     """Fits stored tensors to a model's Hugging Face names.
 
     Old LayerNorm names, buffers of older versions, and the prefix that a headed checkpoint has and
@@ -248,7 +249,8 @@ def match_names(
         tied: names that share the tensor of another name.
 
     Returns:
-        The entries to load by the model's names, and the model's names that are not stored.
+        The entries to load by the model's names, the model's names that are not stored, and the
+        stored names of the model's body that the model has no place for.
 
     Raises:
         ValueError: a shape or dtype differs, or the model's body is incomplete.
@@ -256,6 +258,7 @@ def match_names(
     headed = any(name.startswith(base_prefix) for name in expected)
     prefixed = any(name.startswith(base_prefix) for name in stored)
     found: dict[str, Entry] = {}
+    surplus = []
     for name, entry in stored.items():
         key = re.sub(r"LayerNorm\.(gamma|beta)$", _modern_norm, name)
         if prefixed and not headed:
@@ -264,6 +267,8 @@ def match_names(
             key = base_prefix + key
         if key in expected:
             found[key] = entry
+        elif _is_body(name, base_prefix, prefixed) and not _IGNORED.search(name):
+            surplus.append(name)  # heads of another kind of model are not missed
     for name, source in tied.items():
         twin = found.pop(name, None)
         if source not in found and twin is not None:
@@ -280,16 +285,32 @@ def match_names(
                 "quantised weights are not read"
             )
     missing = [name for name in expected if name not in found and name not in tied]
-    body = [
-        name
-        for name in missing
-        if (name.startswith(base_prefix) or not headed) and "pooler." not in name
-    ]
+    body = [name for name in missing if _is_body(name, base_prefix, headed)]
     if body:
         place = next(iter(stored.values())).file if stored else "the checkpoint"
         shown = ", ".join(body[:3]) + (f" and {len(body) - 3} more" if len(body) > 3 else "")
         raise ValueError(f"{place} lacks {shown}: it is incomplete, or of another architecture")
-    return found, missing
+    return found, missing, surplus
+
+
+def _is_body(name: str, base_prefix: str, prefixed: bool) -> bool:
+    """Whether every model of the family has this tensor; some BERTs have no pooler."""
+    return (name.startswith(base_prefix) or not prefixed) and "pooler." not in name
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A weights' dtype by itself or by name; None, and "auto", for the checkpoint's own.
+
+    Raises:
+        TypeError: it is no dtype of weights.
+    """
+    named = {str(known).removeprefix("torch."): known for known in _FLOATS}
+    found = named.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto":
+        return None
+    if found not in _FLOATS:
+        raise TypeError(f"dtype={dtype!r}: choose one of {', '.join(named)}, or auto")
+    return found
 
 
 def _modern_norm(match: re.Match[str]) -> str:

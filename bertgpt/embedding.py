@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bertgpt.bert import BertModel
+from bertgpt.checkpoint import read_json
 from bertgpt.packing import PackedBatch, pack
 from bertgpt.text import load_tokenizer, read_settings
 
@@ -60,8 +61,7 @@ class SentenceEncoder:
             model = BertModel.from_pretrained(folder).to(device)
         model.pooler = None
         limit = model.config.max_position_embeddings
-        asked = read_settings(folder / "sentence_bert_config.json").get("max_seq_length")
-        max_length = min(limit, asked or limit)
+        max_length = min(limit, _read_longest(folder / "sentence_bert_config.json") or limit)
         tokenizer.enable_truncation(max_length)
         return cls(model, tokenizer, pooling, normalise, max_length)
 
@@ -115,14 +115,24 @@ def _batches(order: list[int], lengths: list[int]) -> list[list[int]]:
     return parts
 
 
+def _read_longest(file: Path) -> int | None:
+    """Most tokens of a text, if the folder says."""
+    longest = read_settings(file).get("max_seq_length")
+    if longest is not None and (type(longest) is not int or longest < 2):
+        raise ValueError(
+            f"{file}: max_seq_length must be a number of tokens, 2 or more, not {longest!r}"
+        )
+    return longest
+
+
 def _read_modules(folder: Path) -> tuple[str, bool]:
     """Pooling and normalisation that modules.json names; the mean, scaled, where it is absent."""
     file = folder / "modules.json"
     if not file.is_file():
         return "mean", True
-    modules = read_settings(file)
+    modules = read_json(file, "", list)
     try:
-        paths = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
+        paths = {m["type"].rpartition(".")[2]: folder / m["path"] for m in modules}
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} must list modules with a type and a path each") from error
     unknown = set(paths) - {"Transformer", "Pooling", "Normalize"}
@@ -133,7 +143,7 @@ def _read_modules(folder: Path) -> tuple[str, bool]:
         )
     if "Pooling" not in paths:
         raise ValueError(f"{file} names no Pooling: add one, or remove the file to take the mean")
-    settings = folder / paths["Pooling"] / "config.json"
+    settings = paths["Pooling"] / "config.json"
     return _read_pooling(settings), "Normalize" in paths
 
 
@@ -144,9 +154,9 @@ def _read_pooling(file: Path) -> str:
     else:
         on = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
         chosen = [_SWITCHES.get(key, key) for key in on]
-    if len(chosen) != 1 or chosen[0] not in _SWITCHES.values():
+    if len(chosen) != 1 or chosen[0] not in list(_SWITCHES.values()):
         raise ValueError(
-            f"{file} asks to pool by {' and '.join(chosen) or 'nothing'}: choose one of "
+            f"{file} asks to pool by {' and '.join(map(str, chosen)) or 'nothing'}: choose one of "
             f"{', '.join(_SWITCHES.values())}"
         )
     return chosen[0]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -89,13 +90,15 @@ def greedy(
         The prompts with what was added: lists for lists, a tensor `[B, L + added]` for a tensor.
 
     Raises:
-        TypeError: prompts that are no integers.
+        TypeError: prompts, a limit, stop or padding tokens that are no integers.
         ValueError: an empty prompt, a limit below 1, or more tokens than the position table holds.
         IndexError: a token outside the vocabulary.
     """
     stops = _stop_tokens(eos_token_id, model.config.eos_token_id)
     if pad_token_id is None:
         pad_token_id = model.config.pad_token_id
+    elif not _is_int(pad_token_id):
+        raise TypeError(f"pad_token_id must be a token id, not {pad_token_id!r}")
     batch = _prompts(prompts, attention_mask, pad_token_id, stops).to(model.device)
     _check(model, batch, max_new_tokens)
     added = _decode(model, batch, max_new_tokens, stops)
@@ -112,7 +115,14 @@ def _stop_tokens(given: int | Sequence[int] | None, default: int | list[int] | N
     stops = default if given is None else given
     if stops is None:
         return []
-    return [stops] if isinstance(stops, int) else list(stops)
+    tokens = list(stops) if isinstance(stops, Sequence) else [stops]
+    if not all(_is_int(token) for token in tokens):
+        raise TypeError(f"eos_token_id must be a token id or a sequence of them, not {stops!r}")
+    return tokens
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _prompts(
@@ -135,6 +145,8 @@ def _prompts(
 
 
 def _check(model: GPT2LMHeadModel, batch: PackedBatch, max_new_tokens: int) -> None:
+    if not _is_int(max_new_tokens):
+        raise TypeError(f"max_new_tokens must be an integer, not {max_new_tokens!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if min(batch.lengths, default=1) == 0:

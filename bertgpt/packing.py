@@ -189,6 +189,7 @@ def pack(
 
     Raises:
         TypeError: `sequences` is no sequence of sequences of integers.
+        IndexError: an integer exceeds 64 bits.
         ValueError: a second argument's lengths differ from those of `sequences`.
     """
     flat, lengths = _flatten("sequences", sequences)
@@ -327,6 +328,9 @@ def _flatten(name: str, rows: Sequence[Tokens]) -> tuple[Tensor, tuple[int, ...]
     for item in flat:
         if type(item) is not int and (isinstance(item, bool) or not hasattr(item, "__index__")):
             raise TypeError(f"{name} must hold integers, found {item!r}")
+    for item in (min(flat, default=0), max(flat, default=0)):
+        if not -(2**63) <= item < 2**63:
+            raise IndexError(f"{name} holds {item}, which is no token id: it exceeds 64 bits")
     return torch.tensor(flat, dtype=torch.int64), tuple(map(len, lists))
 
 

@@ -267,20 +267,21 @@ class PreTrainedModel(nn.Module):
         path_or_id: PathLike,
         *,
         allow_pickle: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         config: PretrainedConfig | None = None,
         **overrides: Any,
     ) -> Model:
         """Loads a Hugging Face folder or hub model, on the CPU and in eval mode.
 
         Weights that the checkpoint's kind of model does not have (a new task head, BERT's pooler)
-        start fresh, with a warning that names them.
+        start fresh, with a warning that names them; so are weights of the model's body that the
+        config has no place for (surplus layers) named, and left out.
 
         Args:
             path_or_id: a folder with config.json and model.safetensors (or shards and their index),
                 or a hub id, for which huggingface_hub must be installed.
             allow_pickle: whether pytorch_model.bin may be opened where there is no safetensors.
-            dtype: the weights' dtype; by default that of the checkpoint.
+            dtype: the weights' dtype or its name; by default ("auto") that of the checkpoint.
             config: used instead of the folder's.
             **overrides: config fields to change, such as `num_labels=3`.
 
@@ -288,8 +289,9 @@ class PreTrainedModel(nn.Module):
             FileNotFoundError: no folder, config.json, weights or shard.
             ValueError: a file is broken, its tensors do not fit the config, some are missing, or
                 the config asks for what bertgpt does not do.
-            TypeError: an override is no field of the config.
+            TypeError: an override is no field of the config, or `dtype` is no dtype of weights.
         """
+        dtype = checkpoint.as_dtype(dtype)
         folder = checkpoint.resolve_folder(path_or_id, allow_pickle=allow_pickle)
         known = {known.name for known in fields(cls.config_class)} | {"num_labels"}
         odd = sorted(set(overrides) - known - set(cls.config_class.attribute_map))
@@ -303,9 +305,15 @@ class PreTrainedModel(nn.Module):
         tied = cls.tied_weights if config.tie_word_embeddings else {}
         with torch.device("meta"):
             model = cls(config)
-        found, missing = checkpoint.match_names(
+        found, missing, surplus = checkpoint.match_names(
             stored, model.state_dict(), f"{cls.base_model_prefix}.", tied
         )
+        if surplus:
+            warnings.warn(
+                f"{folder} holds {', '.join(surplus)}, for which {checkpoint.CONFIG} makes no "
+                "place: they are left out",
+                stacklevel=2,
+            )
         if dtype is None:
             dtype = next((entry.dtype for entry in found.values()), torch.float32)
         model = model.to(dtype).to_empty(device="cpu")

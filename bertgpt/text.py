@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bertgpt.checkpoint import read_json
 
 _WANTED = "tokenizer.json, vocab.txt (WordPiece), or vocab.json with merges.txt (byte-level BPE)"
 
@@ -39,6 +40,11 @@ def load_tokenizer(folder: Path) -> Any:
     elif words.is_file():
         settings = read_settings(folder / "tokenizer_config.json")
         lowercase = settings.get("do_lower_case", True)
+        if not isinstance(lowercase, bool):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: do_lower_case must be true or false, not "
+                f"{lowercase!r}"
+            )
         file, load = words, lambda: BertWordPieceTokenizer(str(words), lowercase=lowercase)
     elif pairs.is_file() and merges.is_file():
         file, load = pairs, lambda: ByteLevelBPETokenizer.from_file(str(pairs), str(merges))
@@ -53,15 +59,10 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def read_settings(file: Path) -> Any:
-    """The contents of an optional JSON file, `{}` where it is absent.
+def read_settings(file: Path) -> dict[str, Any]:
+    """The object in an optional JSON file, empty where the file is absent.
 
     Raises:
-        ValueError: The file is no JSON.
+        ValueError: The file holds something else.
     """
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): fetch or write it again") from error
+    return read_json(file, "") if file.is_file() else {}

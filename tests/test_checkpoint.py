@@ -1,5 +1,6 @@
 """Hugging Face folders: bitwise both ways, and every kind of broken one refused by name."""
 
+import inspect
 import json
 import warnings
 
@@ -43,6 +44,18 @@ def test_round_trips_are_bitwise(ours, name, values, tmp_path):
         load_file(tmp_path / "ours" / WEIGHTS).keys()
         == load_file(tmp_path / "stock" / WEIGHTS).keys()
     )  # tied weights are stored once
+
+
+@pytest.mark.parametrize(("ours", "name", "values"), HEADS, ids=lambda value: str(value)[:40])
+def test_forward_takes_stocks_arguments_in_stocks_order(ours, name, values):
+    def arguments(model_class):
+        return [n for n in inspect.signature(model_class.forward).parameters if n != "kwargs"]
+
+    stock = arguments(getattr(transformers, name))
+    found = arguments(getattr(ours, name))
+    assert found[: len(stock)] == stock
+    # What stock takes as keywords.
+    assert {"output_attentions", "output_hidden_states", "return_dict"} <= {*found[len(stock) :]}
 
 
 def test_our_own_state_loads_where_it_came_from():
@@ -154,6 +167,29 @@ def test_dtypes(dtype, tmp_path):
     assert bert.BertModel.from_pretrained(tmp_path).dtype == dtype
     assert bert.BertModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert transformers.BertModel.from_pretrained(tmp_path).dtype == dtype
+
+
+def test_dtypes_by_name(tmp_path):
+    model, _ = twins(bert, "BertModel", BERT)
+    model.half().save_pretrained(tmp_path)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float16)):
+        assert bert.BertModel.from_pretrained(tmp_path, dtype=name).dtype == dtype
+    for wrong in ("half", torch.int8, 16):
+        with pytest.raises(TypeError, match=r"dtype=.*choose one of float32"):
+            bert.BertModel.from_pretrained(tmp_path, dtype=wrong)
+
+
+def test_layers_that_the_config_has_no_place_for_are_named(tmp_path):
+    deep, _ = twins(bert, "BertForMaskedLM", BERT)
+    deep.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*start fresh")
+        for loaded in (bert.BertModel, bert.BertForTokenClassification):
+            with pytest.warns(UserWarning, match=r"holds bert\.encoder\.layer\.1\..* left out"):
+                shallow = loaded.from_pretrained(tmp_path, num_hidden_layers=1)
+            assert len(shallow.base_model.layers) == 1
+        warnings.filterwarnings("error", message=".*left out")  # another model's head is no surplus
+        bert.BertForTokenClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pickle"])

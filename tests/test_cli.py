@@ -145,6 +145,18 @@ def _break(folder: Path, lines: Path, how: str) -> None:
         file.write_text(file.read_text().replace("Transformer", "Dense"))
     elif how == "unknown pooling":
         _describe(folder, {"pooling_mode_mean_sqrt_len_tokens": True}, False)
+    elif how == "listed modules":
+        (folder / "modules.json").write_text('{"type": 1}')
+    elif how == "odd length":
+        (folder / "sentence_bert_config.json").write_text('{"max_seq_length": "128"}')
+    elif how == "listed settings":
+        (folder / "sentence_bert_config.json").write_text("[128]")
+    elif how == "odd tokenizer settings":
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": "yes"}')
+    elif how == "listed tokenizer settings":
+        (folder / "tokenizer_config.json").write_text("[]")
+    elif how == "listed pooling":
+        _describe(folder, {"pooling_mode": ["mean"]}, False)
     elif how == "binary text":
         lines.write_bytes(b"\xff\xfe\x00")
     elif how == "empty text":
@@ -163,6 +175,12 @@ def _break(folder: Path, lines: Path, how: str) -> None:
         "bad modules": ("modules.json must list",),
         "unknown module": ("modules.json asks for Dense",),
         "unknown pooling": ("1_Pooling/config.json asks to pool by", "mean_sqrt_len"),
+        "listed modules": ("modules.json must hold a JSON list",),
+        "odd length": ("sentence_bert_config.json", "max_seq_length", "'128'"),
+        "listed settings": ("sentence_bert_config.json must hold a JSON object",),
+        "odd tokenizer settings": ("tokenizer_config.json", "do_lower_case", "'yes'"),
+        "listed tokenizer settings": ("tokenizer_config.json must hold a JSON object",),
+        "listed pooling": ("1_Pooling/config.json asks to pool by",),
         "binary text": ("lines.txt is not UTF-8", "convert"),
         "empty text": ("lines.txt holds no text",),
     }.items(),
@@ -225,6 +243,7 @@ def test_generate_continues_text(run, gpt):
     [
         (("--prompt", "a"), "has no tokenizer"),
         (("--prompt-ids", "99"), "input_ids"),
+        (("--prompt-ids", "99999999999999999999"), "64 bits"),
         (("--prompt-ids", "1", "--max-new-tokens", "99"), "position table of 80"),
     ],
 )

@@ -108,6 +108,12 @@ def test_training_state_is_left_alone():
         (TypeError, "integers", {"prompts": [["a"]]}),
         (ValueError, r"\[B, L\]", {"prompts": torch.ones(3, dtype=torch.long)}),
         (ValueError, "attention_mask", {"prompts": [[3]], "attention_mask": torch.ones(1, 1)}),
+        (IndexError, "64 bits", {"prompts": [[2**64]]}),
+        (TypeError, "max_new_tokens must be an integer", {"prompts": [[3]], "max_new_tokens": 2.5}),
+        (TypeError, "eos_token_id must be .* not '2'", {"prompts": [[3]], "eos_token_id": "2"}),
+        (TypeError, "eos_token_id must be", {"prompts": [[3]], "eos_token_id": [2, 1.5]}),
+        (TypeError, "eos_token_id must be", {"prompts": [[3]], "eos_token_id": 1.5}),
+        (TypeError, "pad_token_id must be", {"prompts": [[3]], "pad_token_id": "0"}),
         (ValueError, "do_sample=True", {"prompts": [[3]], "do_sample": True}),
     ],
 )
