@@ -30,7 +30,7 @@ import triton.language as tl
 
 from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.merge_splits import merge_splits
-from bertgpt.kernels.primitives import LN2, LOG2E, packed_span
+from bertgpt.kernels.primitives import LN2, LOG2E, packed_span, softmax_step
 
 MAX_KEYS = 2**30  # of one sequence: key positions and window bounds are int32
 _SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # of a block at most, from there on
@@ -193,12 +193,7 @@ def _paged_attention_kernel(
         if HAS_LEFT:
             visible &= keys[None, :] >= tokens[:, None] + (diagonal - window_left)
         scores = tl.where(visible, scores, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(scores, 1))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
-        p = tl.exp2(scores - shift[:, None])
-        alpha = tl.exp2(m_i - shift)
-        m_i = m_new
-        l_i = l_i * alpha + tl.sum(p, 1)
+        p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i, 1.0, False)
         v_rows = v_ptrs + (page * stride_vp + slot * stride_vn)[:, None]
         v = tl.load(v_rows, mask=mask_kv, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
