@@ -71,9 +71,6 @@ def resident_blocks(
     bounds = [limits.blocks, limits.warps // warps]
     if registers:
         of_warp = _rounded_up(registers * WARP, _REGISTER_UNIT)
-        # The launch is checked as if every partition held as many of the block's warps.
-        if of_warp * _rounded_up(warps, _PARTITIONS) > _REGISTERS:
-            return 0
         bounds.append(_REGISTERS // _PARTITIONS // of_warp * _PARTITIONS // warps)
     if of_block := _rounded_up(shared + limits.reserved, limits.shared_unit):
         bounds.append(limits.shared // of_block)

@@ -82,6 +82,8 @@ def test_spills_are_seen(plant):
     plant(lambda: _product(64, 64, torch.bfloat16, maxnreg=32), NO_MMA)
     (problem,) = aot.examine(0, 80).problems
     assert "spills" in problem
+    (launch,) = launches_of(aot.CASES[0].call, 80)
+    assert machine_code.read(launch.cubin).local_accesses > 0
 
 
 def test_a_missing_matrix_instruction_is_seen(plant):
@@ -148,8 +150,8 @@ def test_the_table_is_compared_line_by_line(monkeypatch, tmp_path, capsys):
 
 def test_a_difference_names_rows_and_columns():
     """Whatever moved: a row of two with the same key, one that came, one that went, a column."""
-    before = [_row("a"), _row("a", config="m64"), _row("b"), _row("c")]
-    after = [_row("a"), _row("a", config="m128", loop="–"), _row("c"), _row("d", sm="80")]
+    before = [_row("a", config="m64"), _row("a"), _row("b"), _row("c")]
+    after = [_row("a", config="m128", loop="–"), _row("a"), _row("c"), _row("d", sm="80")]
     old, new = aot_table.render(before), aot_table.render(after)
     named = aot_table.difference(old, new).splitlines()[-3:]
     assert named == [

@@ -149,6 +149,19 @@ def test_a_kernel_without_a_loop_has_none():
     assert loop_of("") is None
 
 
+def test_a_wait_out_of_line_makes_no_loop_of_what_it_returns_to():
+    """Its jump goes back in the text, and nothing leads from there to the wait."""
+    waiting = NO_LOOP.replace(
+        "        /*0050*/", "        /*0048*/    @!P1 BRA `(.L_x_2) ;\n.L_x_3:\n        /*0050*/"
+    ) + (
+        ".L_x_2:\n        /*00b0*/    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R4 ;\n"
+        "        /*00c0*/    @!P1 BRA `(.L_x_2) ;\n        /*00d0*/    BRA `(.L_x_3) ;\n"
+    )  # fmt: skip
+    code, labels = main_loop.parse(waiting)
+    assert labels[".L_x_3"] == 6
+    assert main_loop.find(code, labels) is None
+
+
 # Attention, sm_90, shortened: a loop over whole tiles and one over masked ones; both wait for their
 # copies in a loop that stands out of line and jumps back in, so its branch back spans the kernel.
 TWO_LOOPS = """
@@ -227,6 +240,25 @@ def test_the_innermost_loop_with_products_counts():
     )
 
 
+# Products behind a call within the kernel; before them a branch whose condition is an operand.
+BEHIND_A_CALL = """
+        /*0000*/                   BRA.U !UP0, `(.L_x_2) ;
+.L_x_0:
+        /*0010*/              @!P0 CALL.REL.NOINC `(.L_x_1) ;
+.L_x_2:
+        /*0020*/                   EXIT ;
+.L_x_1:
+        /*0030*/                   HMMA.16816.F32.BF16 R36, R32.reuse, R16, RZ ;
+        /*0040*/                   BRA `(.L_x_0) ;
+"""
+
+
+def test_conditional_calls_and_branches_go_both_ways():
+    assert loop_of(BEHIND_A_CALL) == MainLoop(
+        instructions=3, matrix=1, special=0, fma=0, shared=0, copies=0
+    )
+
+
 def test_without_products_arithmetic_chooses_then_memory():
     floats = LEFT_BY_A_CALL.replace("HMMA.16816.F32.BF16", "FADD2")
     assert loop_of(floats) == MainLoop(
@@ -266,6 +298,12 @@ def test_what_an_instruction_counts_as(text, kind):
         ((instruction,), _) = main_loop.parse(f"        /*0000*/   {predicate}{text} ;")
         assert instruction.kind == kind
         assert instruction.predicate == predicate.strip("@ ")
+
+
+def test_what_a_block_may_ask_for_is_documented():
+    """CUDA C++ programming guide 13.0, technical specifications, in KiB."""
+    documented = {75: 64, 80: 163, 90: 227, 100: 227, 120: 99}
+    assert {c: limits.block_shared / 1024 for c, limits in LIMITS.items()} == documented
 
 
 def test_one_block_can_have_all_the_shared_memory_it_may_ask_for():
