@@ -254,7 +254,14 @@ def _options(tmp_path: Path) -> Any:
     return type(
         "Options",
         (),
-        {"rehearse": True, "out": tmp_path, "only": None, "budget": 9.0, "tune": False},
+        {
+            "rehearse": True,
+            "out": tmp_path,
+            "only": None,
+            "budget": 9.0,
+            "tune": False,
+            "stages": None,
+        },
     )()
 
 
@@ -308,7 +315,10 @@ def test_the_gpu_report_rehearsed_from_end_to_end(tmp_path):
     assert stages["build"] == "skipped"
     assert stages["validate"] == "passed", done.stdout + done.stderr
     assert stages["suite"] == "passed", done.stdout + done.stderr
-    assert stages["GPU tests"] == "passed", done.stdout + done.stderr
+    assert stages["tests"] == "passed", done.stdout + done.stderr
+    for check in ("smoke", "repeats", "replays"):
+        assert stages[check] == "passed", done.stdout + done.stderr
+    assert {stages[tool] for tool in gpu_report.TOOLS} == {"skipped"}
     assert {row.op for row in rows} == {"add_layer_norm"}
     assert document["environment"]["rehearsal"] is True
     assert (tmp_path / "summary.txt").stat().st_size > 0
