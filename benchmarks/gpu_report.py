@@ -151,6 +151,7 @@ class Report:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             process_group=0,  # what it starts is ended with it
         )
         late = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from bertgpt import ops
 from bertgpt.benchmarks import gate, gpu_report, smoke
+from bertgpt.benchmarks.results import Row
 from bertgpt.validation_cases import OPS
 
 
@@ -176,6 +178,23 @@ def test_only_the_stages_asked_for_run(report, monkeypatch):
     report.options.stages = ["replay"]
     with pytest.raises(SystemExit, match="no stage replay: choose of build, tests"):
         report.run()
+
+
+def test_samples_are_thinned_until_the_folder_fits_and_that_is_said(report, monkeypatch):
+    samples = tuple(1 + i * 1e-6 for i in range(4000))
+    report.rows = [
+        Row("attention", "a", "cold", "mine", True, samples, "t", 1.0, 1.0, 1, 1.0, None, "", False)
+    ]
+    report.write()
+    small = replace(report.rows[0], samples=samples[::4])
+    monkeypatch.setattr(gpu_report, "SIZE_LIMIT", 16_000)
+    report.size()
+    assert report.rows == [small]
+    document = json.loads((report.folder / "report.json").read_text())
+    assert document["thinned"].startswith("one sample in 4, since the folder held ")
+    monkeypatch.setattr(gpu_report, "SIZE_LIMIT", 100)
+    with pytest.raises(RuntimeError, match="holds"):
+        report.size()
 
 
 def test_the_build_is_for_this_card():
