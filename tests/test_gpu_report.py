@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,3 +207,56 @@ def test_the_build_is_for_this_card():
 def test_files_with_a_gpus_tests_are_found():
     assert {"tests/test_gpu.py", "tests/test_cuda_gpu.py"} <= set(gpu_report.gpu_test_files())
     assert "tests/test_packing.py" not in gpu_report.gpu_test_files()
+
+
+class PretendStream:
+    """Empty at first and whenever three questions have been asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def query(self):
+        self.asked += 1
+        return self.asked % 3 == 1
+
+
+def test_the_load_is_topped_up_when_it_has_run_dry(monkeypatch):
+    """The lines that only a GPU runs, with one pretended."""
+    entered, randn = [], torch.randn
+    monkeypatch.setattr(gate.Load, "SIZE", 8)
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(*shape))
+    monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext()
+    )
+    load = gate.Load("cuda")
+    for _ in range(7):
+        load.top_up()
+    assert entered == [load.stream] * 3
+    assert load.products == 3 * gate.Load.AT_ONCE
+
+
+def test_a_call_is_captured_after_it_has_run_once(monkeypatch):
+    events = []
+
+    class PretendGraph:
+        def replay(self):
+            events.append("replay")
+
+    @contextmanager
+    def capturing(graph):
+        assert isinstance(graph, PretendGraph)
+        events.append("begin")
+        yield
+        events.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(smoke.Call, "run", lambda call: events.append("run") or ("outputs",))
+    call = smoke.Call(next(smoke.calls("cpu")).sample, 0, "torch")
+    outputs, replay = gate.capture(call, "cuda")
+    replay()
+    assert outputs == ("outputs",)
+    assert events == ["run", "wait", "begin", "run", "end", "replay"]
