@@ -28,7 +28,7 @@ help:
 	@echo 'make test      the suite: torch, then Triton kernels by interpreter on two Triton versions'
 	@echo 'make validate  error of every op, backend and dtype against the float64 reference'
 	@echo 'make bench     every op and model beside its peers, into out/; MiniLM on a CPU against stock'
-	@echo 'make gpu-report  all that a GPU can testify, by the system Python (BUDGET=540 TUNE=1 OUT=out)'
+	@echo 'make gpu-report  all that a GPU can testify, by the system Python (BUDGET=540 TUNE=1 STAGES=… OUT=out)'
 	@echo 'make aot       every committed Triton config compiled for each architecture, without a GPU'
 	@echo 'make cuda      builds the CUDA C++ kernels here (needs nvcc), and checks csrc/resources.txt'
 	@echo 'make lint      ruff and mypy'
@@ -65,7 +65,8 @@ bench: $(READY)
 
 # No virtual environment and no network: the machine's own Python, torch and nvcc.
 gpu-report:
-	PYTHONPATH=. $(PYTHON) -P -m bertgpt.benchmarks.gpu_report --budget $(BUDGET) $(if $(TUNE),--tune)
+	PYTHONPATH=. $(PYTHON) -P -m bertgpt.benchmarks.gpu_report --budget $(BUDGET) $(if $(TUNE),--tune) \
+	  $(if $(STAGES),--stages $(STAGES))
 
 validate: $(READY)
 	$(BIN)/bertgpt validate

@@ -4,15 +4,14 @@
     python benchmarks/aot.py --update          the gate, and the table rewritten
     python benchmarks/aot.py --only TEXT       the rows of matching cases, nothing compared
 
-The gate fails when a kernel spills registers, wants more shared memory than a block may have, lacks
-the matrix instructions its case names, or when `pick_config` can return a config that no case
-reaches. The table (registers, shared memory, instruction counts) belongs to one Triton version;
-under another the gate holds and the table is left alone.
+The gate fails when a kernel spills registers, wants more registers or shared memory than a block
+may have, lacks the matrix instructions its case names, or when `pick_config` can return a config
+that no case reaches. The table (registers, shared memory, occupancy, instruction counts) belongs to
+one Triton version; under another the gate holds and the table is left alone.
 """
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import aot_table
 import machine_code
 import triton
 from aot_cases import CASES, DOMAINS, Case
@@ -29,14 +29,13 @@ from aot_driver import CAPABILITIES, SHARED_LIMIT, Launch, launches_of
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 TABLE = Path(__file__).parent / "results" / "aot.md"
-_HEADER = ("case", "sm", "kernel", "config", "registers", "spills", "shared", "matrix", "SASS")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What one case gave on one architecture."""
 
-    rows: list[tuple[str, ...]]
+    rows: list[aot_table.Row]
     problems: list[str]
     picked: set[Any]
 
@@ -67,13 +66,16 @@ def examine(index: int, capability: int) -> Outcome:
                 str(capability),
                 launch.kernel,
                 _config(launch, picked),
-                *_figures(launch, code),
+                *aot_table.figures(launch, code, capability),
             )
         )
         if code.stack_bytes or code.local_accesses:
             problems.append(f"{launch.kernel} spills ({code.stack_bytes} bytes a thread)")
         if launch.shared_bytes > SHARED_LIMIT[capability]:
             problems.append(f"{launch.kernel} wants {launch.shared_bytes} bytes of shared memory")
+        elif not aot_table.blocks_of(launch, code, capability):
+            threads = f"{launch.num_warps * 32} threads of {code.registers} registers"
+            problems.append(f"{launch.kernel} does not fit a multiprocessor with {threads}")
     wanted = case.matrix.get(capability)
     if wanted is not None and wanted not in matrix:
         problems.append(f"no {wanted}, found {sorted(matrix) or 'no matrix instruction'}")
@@ -108,17 +110,6 @@ def _config(launch: Launch, picked: set[Any]) -> str:
     return " ".join([*chosen, f"{launch.num_warps}w", f"{launch.num_stages}s"])
 
 
-def _figures(launch: Launch, code: machine_code.MachineCode) -> tuple[str, ...]:
-    matrix = " ".join(f"{count} {name}" for name, count in code.matrix.items()) or "–"
-    return (
-        str(code.registers),
-        str(code.stack_bytes),
-        str(launch.shared_bytes),
-        matrix,
-        str(code.instructions),
-    )
-
-
 def unreached(op: str, capability: int, picked: set[Any]) -> list[str]:
     """Configs that `pick_config` can return and no case reached."""
     module = importlib.import_module(f"bertgpt.kernels.{op}")
@@ -126,7 +117,7 @@ def unreached(op: str, capability: int, picked: set[Any]) -> list[str]:
     return sorted(f"{op} sm_{capability}: no case reaches {config}" for config in missing)
 
 
-def run(cases: Iterable[int], workers: int) -> tuple[list[tuple[str, ...]], list[str]]:
+def run(cases: Iterable[int], workers: int) -> tuple[list[aot_table.Row], list[str]]:
     """Rows and problems of the given cases, in their order."""
     tasks = [(index, capability) for index in cases for capability in CAPABILITIES]
     outcomes: dict[tuple[int, int], Outcome] = {}
@@ -163,33 +154,14 @@ def _all_unreached(outcomes: dict[tuple[int, int], Outcome]) -> Iterator[str]:
             yield from unreached(op, capability, picked)
 
 
-def render(rows: list[tuple[str, ...]]) -> str:
-    """The table as Markdown, aligned, so that a change shows as a line."""
-    table = [_HEADER, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADER))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([_title(), "", *lines, ""])
-
-
-def _title() -> str:
-    return f"Compiled ahead of time by Triton {triton.__version__}; see docs/static_figures.md."
-
-
 def _compare(text: str) -> int:
     committed = TABLE.read_text() if TABLE.exists() else ""
-    if committed.splitlines()[:1] != [_title()]:
+    if committed.splitlines()[:1] != [aot_table.title()]:
         print(f"{TABLE.name} is of another Triton than {triton.__version__}: not compared")
         return 0
     if committed == text:
         return 0
-    diff = difflib.unified_diff(
-        committed.splitlines(), text.splitlines(), "committed", "compiled now", n=0, lineterm=""
-    )
-    print("\n".join(diff))
+    print(aot_table.difference(committed, text))
     print("The table has changed. If that is meant: python benchmarks/aot.py --update")
     return 1
 
@@ -206,7 +178,7 @@ def main() -> int:
 
     chosen = [i for i, case in enumerate(CASES) if _matches(case, arguments.only)]
     rows, problems = run(chosen, arguments.workers)
-    text = render(rows)
+    text = aot_table.render(rows)
     status = 0
     if arguments.only is not None:
         print(text)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import triton
+from occupancy import LIMITS
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 
-# Shared memory that one block may have (CUDA C++ programming guide, technical specifications).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}
-CAPABILITIES = tuple(SHARED_LIMIT)
+CAPABILITIES = tuple(_MULTIPROCESSORS)
+# Bytes of shared memory that one block may have.
+SHARED_LIMIT = {capability: LIMITS[capability].block_shared for capability in CAPABILITIES}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Launch:
         num_warps: warps a block.
         num_stages: depth of the software pipeline.
         shared_bytes: shared memory a block.
+        tensor_columns: of tensor memory a block.
         cubin: the machine code.
     """
 
@@ -38,6 +40,7 @@ class Launch:
     num_warps: int
     num_stages: int
     shared_bytes: int
+    tensor_columns: int
     cubin: bytes
 
 
@@ -63,6 +66,7 @@ class _Launcher:
                 num_warps=self.metadata.num_warps,
                 num_stages=self.metadata.num_stages,
                 shared_bytes=self.metadata.shared,
+                tensor_columns=getattr(self.metadata, "tmem_size", 0) or 0,
                 cubin=function,
             )
         )

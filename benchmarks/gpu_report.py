@@ -1,12 +1,23 @@
 """Everything a machine can testify, in one command and one folder: `make gpu-report`.
 
-    python -m bertgpt.benchmarks.gpu_report [--budget SECONDS] [--tune] [--rehearse] [--out FOLDER]
+    python -m bertgpt.benchmarks.gpu_report [--budget SECONDS] [--tune] [--stages NAME,...]
+                                            [--rehearse] [--out FOLDER]
 
 No network, the system's own Python. Stages, each recorded whether it holds or fails, and each
-followed by the next: build the CUDA part, the GPU's tests, the error table, compute-sanitizer over
-a smoke set, the suite, the search for configs (on request), the plots. The folder ($OUT, or out/)
-gets report.json, summary.txt and PNG plots, under 16 MB in all. `--rehearse` runs the same lines
-on a CPU with small cases; its times mean nothing.
+followed by the next:
+
+    build                                        the CUDA part, for this card
+    tests, validate                              the GPU's tests, and the error table
+    smoke                                        a small call of every op on every backend
+    memcheck, racecheck, initcheck, synccheck    the same under compute-sanitizer's tools
+    repeats                                      1,000 times the same bits, beside a busy stream
+    replays                                      CUDA graphs whose lengths and pages change
+    suite                                        the benchmarks, within --budget seconds
+    tune                                         the search for configs (on request)
+    plots, size                                  of what was measured
+
+The folder ($OUT, or out/) gets report.json, summary.txt and PNG plots, under 16 MB in all.
+`--rehearse` runs the same lines on a CPU with small cases; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +25,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +45,21 @@ from bertgpt.benchmarks.environment import ROOT
 from bertgpt.benchmarks.floors import Floors
 from bertgpt.benchmarks.harness import EFFORT, REHEARSAL
 
-SIZE_LIMIT = 16 << 20
+SIZE_LIMIT = 16_000_000
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+REPEATS = 1000
+_REHEARSED_REPEATS = 3
+# Seconds that a stage may take before it is ended, and counts as failed.
+_TIMEOUT = {
+    "build": 600,
+    "tests": 300,
+    "validate": 300,
+    "smoke": 120,
+    "repeats": 300,
+    "replays": 60,
+}
+_TIMEOUT |= dict.fromkeys(TOOLS, 120)
 _LOG_CHARACTERS = 20_000
-_NO_TESTS = 5  # pytest's exit code
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,13 @@ class Stage:
     outcome: str
     seconds: float
     log: str
+
+    @property
+    def reason(self) -> str:
+        """Why it did not pass: what its log ends with."""
+        if self.outcome == "passed" or not self.log.strip():
+            return ""
+        return f": {self.log.strip().splitlines()[-1]}"
 
 
 class Skipped(Exception):
@@ -89,7 +123,7 @@ class Report:
             outcome, log = "failed", traceback.format_exc()
         seconds = round(time.monotonic() - started, 1)
         self.stages.append(Stage(name, outcome, seconds, log[-_LOG_CHARACTERS:]))
-        print(f"   {outcome} in {seconds:.0f} s", flush=True)
+        print(f"   {outcome} in {seconds:.0f} s{self.stages[-1].reason}", flush=True)
         self.write()
 
     def write(self) -> None:
@@ -98,50 +132,64 @@ class Report:
         document |= {"stages": [asdict(stage) for stage in self.stages], **self.extra}
         path = self.folder / "report.json"
         results.write(path, document)
-        lines = [f"{stage.outcome:8} {stage.seconds:7.1f} s  {stage.name}" for stage in self.stages]
+        lines = [
+            f"{stage.outcome:8} {stage.seconds:7.1f} s  {stage.name}{stage.reason}"
+            for stage in self.stages
+        ]
         tables = report.tables([("report", document, self.rows)]) if self.rows else ""
         extra = json.dumps(self.extra, indent=1, ensure_ascii=False) if self.extra else ""
         (self.folder / "summary.txt").write_text("\n".join([*lines, "", tables, extra, ""]))
 
-    def command(self, *arguments: str, timeout: float) -> str:
+    def command(self, *arguments: str, timeout: float, **variables: str) -> str:
         """Runs a command in the checkout; its output, or RuntimeError with the end of it."""
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        done = subprocess.run(
+        process = subprocess.Popen(
             arguments,
             cwd=ROOT,
-            env=variables,
-            capture_output=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
-            check=False,
+            errors="replace",
+            process_group=0,  # what it starts is ended with it
         )
-        output = done.stdout + done.stderr
-        if done.returncode == _NO_TESTS and "pytest" in arguments:
-            raise Skipped("no test is marked for a GPU")
-        if done.returncode != 0:
-            raise RuntimeError(f"exit code {done.returncode}\n{output[-_LOG_CHARACTERS:]}")
+        late = ""
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            late = f"ended after {timeout:.0f} s; "
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        if process.returncode != 0:
+            told = output[-_LOG_CHARACTERS:]
+            raise RuntimeError(f"{late}exit code {process.returncode}\n{told}")
         return output
 
+    def module(self, name: str, *arguments: str, stage: str) -> str:
+        """Runs a module of this folder on the report's device."""
+        command = [sys.executable, "-P", "-m", f"bertgpt.benchmarks.{name}", *arguments]
+        return self.command(*command, "--device", self.device, timeout=_TIMEOUT[stage])
+
     def build(self) -> str:
-        """The CUDA part, in place."""
+        """The CUDA part, in place, for this card alone unless BERTGPT_CUDA_ARCHS says more."""
         if not (ROOT / "csrc").is_dir():
             raise Skipped("there is no csrc/")
         if self.options.rehearse:
             raise Skipped("a rehearsal has no GPU to build for")
-        os.environ["BERTGPT_BUILD_CUDA"] = "1"
-        return self.command(sys.executable, "setup.py", "build_ext", "--inplace", timeout=900)
+        archs = os.environ.get("BERTGPT_CUDA_ARCHS") or arch_of(*torch.cuda.get_device_capability())
+        command = [sys.executable, str(ROOT / "csrc" / "build.py")]
+        return self.command(*command, timeout=_TIMEOUT["build"], BERTGPT_CUDA_ARCHS=archs)
 
-    def gpu_tests(self) -> str:
-        """The tests that need a GPU."""
-        return self.command(*self._pytest("gpu"), timeout=900)
-
-    def _pytest(self, marker: str) -> list[str]:
-        """Pytest over the tests of a marker; rehearsed, over a file that is quick everywhere."""
-        base = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        if self.options.rehearse:
-            return [*base, "tests/test_tolerance.py"]
-        return [*base, "-m", marker, "tests"]
+    def tests(self) -> str:
+        """The tests that need a GPU; rehearsed, a file that is quick everywhere in their place."""
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        files = gpu_test_files()  # no others: they may need packages that are not here
+        chosen = ["tests/test_tolerance.py"] if self.options.rehearse else ["-m", "gpu", *files]
+        return self.command(*command, *chosen, timeout=_TIMEOUT["tests"])
 
     def validate(self) -> str:
         """The error table."""
@@ -149,19 +197,41 @@ class Report:
         command = [sys.executable, "-P", "-c", start, "validate", "--device", self.device]
         if self.options.rehearse:
             command += ["--op", "linear_gelu"]
-        return self.command(*command, timeout=900)
+        return self.command(*command, timeout=_TIMEOUT["validate"])
 
-    def sanitize(self) -> str:
-        """compute-sanitizer's memcheck over the smoke set, with errors as failures."""
+    def smoke(self) -> str:
+        """A small call of every op on every backend; compiles what the sanitizer then watches."""
+        return self.module("smoke", stage="smoke")
+
+    def sanitize(self, tool: str) -> str:
+        """The smoke set under a tool of compute-sanitizer: whatever it finds is a failure."""
         if self.options.rehearse:
-            raise Skipped("compute-sanitizer needs a GPU")
-        tool = next(filter(os.path.exists, _sanitizers()), None)
-        if tool is None:
+            raise Skipped("compute-sanitizer watches a GPU's kernels; a rehearsal has none")
+        folders = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+        sanitizer = shutil.which("compute-sanitizer", path=folders)
+        if sanitizer is None:
             raise Skipped("compute-sanitizer is not installed")
-        smoke = [sys.executable, "-P", "-m", "bertgpt.benchmarks.smoke"]
-        return self.command(
-            tool, "--tool", "memcheck", "--error-exitcode", "9", *smoke, timeout=600
-        )
+        output = self.command(
+            # Unless told more, the tool waits ten seconds for its process, which imports torch.
+            sanitizer, "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "100",
+            sys.executable, "-P", "-m", "bertgpt.benchmarks.smoke", "--device", self.device,
+            timeout=_TIMEOUT[tool],
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # each tensor its own memory, so that bounds show
+        )  # fmt: skip
+        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+        if not found or any(map(int, found)):
+            what = "reports errors" if found else "gave no summary"
+            raise RuntimeError(f"{tool} {what}\n{output[-_LOG_CHARACTERS:]}")
+        return output
+
+    def repeats(self) -> str:
+        """The same bits every time, while another stream keeps the card busy."""
+        count = _REHEARSED_REPEATS if self.options.rehearse else REPEATS
+        return self.module("gate", "repeats", "--repeats", str(count), stage="repeats")
+
+    def replays(self) -> str:
+        """Captured calls follow lengths, pages, slots and bounds that change in place."""
+        return self.module("gate", "replays", stage="replays")
 
     def suite(self) -> str:
         """The benchmark suite, within the budget."""
@@ -192,6 +262,8 @@ class Report:
 
     def plots(self) -> str:
         """PNG plots of what was measured."""
+        if not self.rows:
+            raise Skipped("nothing was measured")
         from bertgpt.benchmarks.plots import draw
 
         document, rows = results.read(self.folder / "report.json")
@@ -199,21 +271,53 @@ class Report:
 
     def size(self) -> str:
         """Everything fits the limit; raw samples go before the rest does."""
-        total = _folder_bytes(self.folder)
-        if total > SIZE_LIMIT:
-            self.extra["thinned"] = f"every second sample, since the folder held {total} bytes"
-            self.rows = [
-                results.Row(**{**asdict(row), "samples": row.samples[::2]}) for row in self.rows
-            ]
+        total, every = _folder_bytes(self.folder), 1
+        while _folder_bytes(self.folder) > SIZE_LIMIT and any(
+            len(r.samples) > 2 for r in self.rows
+        ):
+            every *= 2
+            self.extra["thinned"] = f"one sample in {every}, since the folder held {total} bytes"
+            self.rows = [replace(row, samples=row.samples[::2]) for row in self.rows]
             self.write()
         if _folder_bytes(self.folder) > SIZE_LIMIT:
             raise RuntimeError(f"{self.folder} holds {_folder_bytes(self.folder)} bytes")
         return f"{_folder_bytes(self.folder)} bytes"
 
+    def run(self) -> list[str]:
+        """Every stage; the names of those that failed."""
+        stages: dict[str, Callable[[], str]] = {
+            "build": self.build,
+            "tests": self.tests,
+            "validate": self.validate,
+            "smoke": self.smoke,
+            **{tool: partial(self.sanitize, tool) for tool in TOOLS},
+            "repeats": self.repeats,
+            "replays": self.replays,
+            "suite": self.suite,
+            "tune": self.tune,
+        }
+        wanted = self.options.stages or list(stages)
+        if unknown := set(wanted) - set(stages):
+            raise SystemExit(
+                f"no stage {', '.join(sorted(unknown))}: choose of {', '.join(stages)}"
+            )
+        for name in stages:
+            if name in wanted:
+                self.stage(name, stages[name])
+        self.stage("plots", self.plots)
+        self.stage("size", self.size)
+        return [stage.name for stage in self.stages if stage.outcome == "failed"]
 
-def _sanitizers() -> list[str]:
-    folders = [*os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
-    return [os.path.join(folder, "compute-sanitizer") for folder in folders]
+
+def arch_of(major: int, minor: int) -> str:
+    """The name that nvcc has for a compute capability, with Hopper's own instructions."""
+    return f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+
+
+def gpu_test_files() -> list[str]:
+    """The files that hold a test marked for a GPU."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{path.name}" for path in files if "mark.gpu" in path.read_text()]
 
 
 def _folder_bytes(folder: Path) -> int:
@@ -226,21 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for the suite")
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--tune", action="store_true", help="search configs too")
+    parser.add_argument(
+        "--stages", type=lambda names: names.split(","), help="only these, separated by commas"
+    )
     parser.add_argument("--rehearse", action="store_true", help="small cases on a CPU")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "out"))
     options = parser.parse_args(arguments)
     run = Report(options)
-    run.stage("build", run.build)
-    run.stage("GPU tests", run.gpu_tests)
-    run.stage("validate", run.validate)
-    run.stage("compute-sanitizer", run.sanitize)
-    run.stage("suite", run.suite)
-    run.stage("tune", run.tune)
-    run.stage("plots", run.plots)
-    run.stage("size", run.size)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    failed = [stage.name for stage in run.stages if stage.outcome == "failed"]
+    failed = run.run()
     print(f"{run.folder}: {'failed: ' + ', '.join(failed) if failed else 'all stages held'}")
     return 1 if failed else 0
 

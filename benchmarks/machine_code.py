@@ -10,12 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import main_loop
 import triton
-
-# Any of these multiplies matrices: warp level, Hopper's warpgroup level, Blackwell's tensor memory.
-_MATRIX = re.compile(r"\b(HMMA|HGMMA|IMMA|IGMMA|QGMMA|QMMA|OMMA|DMMA|UTC\w*MMA)\b")
-_LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.+?);", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,7 @@ class MachineCode:
         local_accesses: LDL and STL instructions.
         matrix: count of matrix instructions by mnemonic.
         instructions: all, the padding at the end left out.
+        loop: the main loop, or None where the kernel has none.
     """
 
     registers: int
@@ -35,11 +32,13 @@ class MachineCode:
     local_accesses: int
     matrix: dict[str, int]
     instructions: int
+    loop: main_loop.MainLoop | None
 
 
 def read(cubin: bytes) -> MachineCode:
     """The figures of a cubin that holds one kernel, kept beside Triton's own cache."""
-    name = hashlib.sha256(Path(__file__).read_bytes() + cubin).hexdigest()
+    readers = Path(__file__).read_bytes() + Path(main_loop.__file__).read_bytes()
+    name = hashlib.sha256(readers + cubin).hexdigest()
     kept = Path(triton.knobs.cache.dir) / "machine_code" / f"{name}.json"
     if not kept.exists():
         code = _disassembled(cubin)
@@ -47,7 +46,9 @@ def read(cubin: bytes) -> MachineCode:
         part = kept.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(asdict(code)))
         part.replace(kept)  # whole or not at all, whoever else writes it
-    return MachineCode(**json.loads(kept.read_text()))
+    values = json.loads(kept.read_text())
+    loop = values.pop("loop")
+    return MachineCode(**values, loop=loop and main_loop.MainLoop(**loop))
 
 
 def _disassembled(cubin: bytes) -> MachineCode:
@@ -55,19 +56,21 @@ def _disassembled(cubin: bytes) -> MachineCode:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-        listing = _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(path))
+        # Labels tell where branches go: without its own flow analysis (-ndf) nvdisasm is quicker.
+        listing = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(path))
     kernels = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     if len(kernels) != 1:
         raise ValueError(f"expected one kernel in the cubin, cuobjdump lists {len(kernels)}")
     registers, stack = map(int, kernels[0])
-    code = [line for line in _INSTRUCTION.findall(listing) if not line.startswith("NOP")]
-    matrix = Counter(mnemonic for line in code for mnemonic in _MATRIX.findall(line))
+    code, labels = main_loop.parse(listing)
+    matrix = Counter(line.opcode for line in code if line.kind == "matrix")
     return MachineCode(
         registers=registers,
         stack_bytes=stack,
-        local_accesses=sum(bool(_LOCAL_MEMORY.search(line)) for line in code),
+        local_accesses=sum(line.opcode in {"LDL", "STL"} for line in code),
         matrix=dict(sorted(matrix.items())),
         instructions=len(code),
+        loop=main_loop.find(code, labels),
     )
 
 

@@ -1,39 +1,91 @@
-"""One small call of every op on a GPU: what compute-sanitizer watches."""
+"""The small calls of `bertgpt validate`, on every backend with kernels of ours: for a watcher.
+
+    python -m bertgpt.benchmarks.smoke [--device cuda]
+
+Each runs once; compute-sanitizer watches. Every op must have run on some backend.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from bertgpt import ops
+from bertgpt.validate import outputs_of, refusal_of
+from bertgpt.validation_cases import OPS, Sample, samples
+
+# On a CPU the C++ kernels run where BERTGPT_HOST_ENGINE names a build, and torch stands for Triton.
+BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cuda", "torch")}
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
-def run(device: str = "cuda", backend: str = "triton") -> int:
-    """Runs each op once on awkward sizes; returns the number of calls."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+@dataclass(frozen=True)
+class Call:
+    """One call on one backend.
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
+    Attributes:
+        sample: the op and its arguments, on the device.
+        number: which of the op's samples it is.
+        backend: one that does not refuse it.
+    """
 
-    def integers(*values: int) -> torch.Tensor:
-        return torch.tensor(values, device=device, dtype=torch.int32)
+    sample: Sample
+    number: int
+    backend: str
 
-    q, k, v = normal(2, 70, 4, 64), normal(2, 70, 2, 64), normal(2, 70, 2, 64)
-    ops.attention(q, k, v, causal=True, backend=backend)
-    ops.attention(q, k, v, key_lengths=integers(70, 33), backend=backend)
-    packed = [tensor.flatten(0, 1) for tensor in (q, k, v)]
-    bounds = integers(0, 1, 66, 140)
-    ops.attention(*packed, cu_seqlens_q=bounds, max_seqlen_q=74, max_seqlen_k=74, backend=backend)
-    ops.linear_gelu(normal(70, 192), normal(200, 192), normal(200), backend=backend)
-    ops.add_layer_norm(normal(5, 768), normal(5, 768), normal(768), normal(768), backend=backend)
-    k_pages, v_pages = normal(6, 2, 16, 64), normal(6, 2, 16, 64)
-    slots = torch.tensor([0, 17, 95], device=device)
-    ops.paged_write(k[0, :3], v[0, :3], k_pages, v_pages, slots, backend=backend)
-    table = torch.tensor([[5, 1, 2], [0, 3, 4]], device=device, dtype=torch.int32)
-    ops.paged_attention(q[:, 0], k_pages, v_pages, table, integers(48, 1), backend=backend)
+    def __str__(self) -> str:
+        return f"{self.sample.op} {self.number}, {self.backend}"
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Its outputs, computed from copies of the inputs, since some ops write in place."""
+        copies = self.sample.mapped(torch.clone)
+        return outputs_of(copies, getattr(ops, copies.op), backend=self.backend)
+
+
+def calls(device: str, found: Sequence[Sample] | None = None) -> Iterator[Call]:
+    """What runs on the device: the given samples, or all.
+
+    Raises:
+        RuntimeError: No backend takes any call of some op; the message has the reasons.
+    """
+    if found is None:
+        found = [sample for op in OPS for sample in samples(op, DTYPES[device])]
+    for op in dict.fromkeys(sample.op for sample in found):
+        mine = [sample.mapped(lambda t: t.to(device)) for sample in found if sample.op == op]
+        refusals: dict[str, str] = {}
+        ran = 0
+        for number, sample in enumerate(mine):
+            for backend in BACKENDS[device]:
+                reason = refusal_of(sample, backend)
+                if reason is None:
+                    ran += 1
+                    yield Call(sample, number, backend)
+                else:
+                    refusals.setdefault(backend, reason)
+        if not ran:
+            raise RuntimeError(f"no kernel takes {op}: {refusals}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs every call once."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=sorted(BACKENDS), default="cuda")
+    device = parser.parse_args(arguments).device
+    made = 0
+    with torch.no_grad():
+        for call in calls(device):
+            call.run()
+            made += 1
     if device == "cuda":
         torch.cuda.synchronize()
-    return 7
+    print(f"{made} calls of {len(OPS)} ops on the {device}")
+    return 0
 
 
 if __name__ == "__main__":
-    print(f"{run()} calls")
+    sys.exit(main())

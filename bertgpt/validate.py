@@ -132,12 +132,12 @@ def _validate(op: str, dtype: torch.dtype, device: torch.device) -> tuple[Row, .
         oracle = _reference(sample.mapped(_doubled))
         baseline = _reference(sample)
         for row in rows:
-            refusal = _refusal(sample, row.backend)
+            refusal = refusal_of(sample, row.backend)
             if refusal is not None:
                 if refusal not in row.refusals:
                     row.refusals.append(refusal)
                 continue
-            actual = _outputs(sample.mapped(torch.clone), getattr(ops, op), backend=row.backend)
+            actual = outputs_of(sample.mapped(torch.clone), getattr(ops, op), backend=row.backend)
             row.cases += 1
             for got, want, low in zip(actual, oracle, baseline, strict=True):
                 # The log-sum-exp is float32 whatever the inputs are, the oracle's too.
@@ -145,15 +145,16 @@ def _validate(op: str, dtype: torch.dtype, device: torch.device) -> tuple[Row, .
     return rows
 
 
-def _refusal(sample: Sample, backend: str) -> str | None:
+def refusal_of(sample: Sample, backend: str) -> str | None:
+    """Why the backend does not take this call, or None."""
     return ops.explain(sample.op, *sample.args, **sample.kwargs).refusals.get(backend)
 
 
 def _reference(sample: Sample) -> tuple[Tensor, ...]:
-    return _outputs(sample.mapped(torch.clone), getattr(reference, sample.op))
+    return outputs_of(sample.mapped(torch.clone), getattr(reference, sample.op))
 
 
-def _outputs(sample: Sample, function: Any, **options: Any) -> tuple[Tensor, ...]:
+def outputs_of(sample: Sample, function: Any, **options: Any) -> tuple[Tensor, ...]:
     """The call's outputs; for a call that writes in place, the tensors it wrote."""
     result = function(*sample.args, **sample.kwargs, **options)
     if result is None:

@@ -16,12 +16,15 @@ import fcntl
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
@@ -167,17 +170,21 @@ def _host_engine(sanitizer: str) -> str:
 
 
 def resources(build: Path) -> str:
-    """What every instantiation takes on every architecture, from the build's logs.
+    """What every instantiation takes on every architecture, from the build's logs and objects.
 
     Returns:
         A line each: architecture, registers a thread, bytes of static shared memory a block, bytes
-        spilled, the kernel.
+        spilled, threads a block, blocks and warps that a multiprocessor can hold, the kernel.
+
+    Raises:
+        CannotBuild: cuobjdump is missing.
     """
     entry = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
     spills = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
     used = re.compile(r"Used (\d+) registers")
     shared = re.compile(r"(\d+) bytes smem")
-    rows = []
+    threads = _threads(build)
+    rows = set()
     for log in sorted(build.glob("*.o.log")):
         name = arch = ""
         spilled = 0
@@ -189,13 +196,51 @@ def resources(build: Path) -> str:
             elif found := used.search(line):
                 memory = shared.search(line)
                 size = int(memory.group(1)) if memory else 0
-                rows.append((_demangled(name), arch, int(found.group(1)), size, spilled))
+                usage = (int(found.group(1)), size, spilled, threads[name])
+                rows.add((_demangled(name), arch, *usage))
     done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     version = re.search(r"V([\d.]+)", done.stdout)
     compiler = f"By nvcc {version.group(1) if version else 'unknown'}; another may differ."
-    header = f"{compiler}\narch     registers  shared  spilled  kernel"
-    lines = [f"{a:8} {r:9} {m:7} {s:8}  {kernel}" for kernel, a, r, m, s in sorted(set(rows))]
-    return "\n".join([header, *lines]) + "\n"
+    header = "arch     registers  shared  spilled  threads  blocks  warps  kernel"
+    return "\n".join([compiler, header, *(_resource_line(*row) for row in sorted(rows)), ""])
+
+
+def _resource_line(
+    kernel: str, arch: str, registers: int, shared: int, spilled: int, threads: int
+) -> str:
+    occupancy = _occupancy()
+    capability, warps = int(re.sub(r"\D", "", arch)), threads // occupancy["WARP"]
+    blocks = occupancy["resident_blocks"](
+        capability, warps=warps, registers=registers, shared=shared
+    )
+    resident = f"{blocks * warps}/{occupancy['LIMITS'][capability].warps}"
+    usage = f"{registers:9} {shared:7} {spilled:8} {threads:8} {blocks:7} {resident:>6}"
+    return f"{arch:8} {usage}  {kernel}"
+
+
+@cache
+def _occupancy() -> dict[str, Any]:
+    """The names of benchmarks/occupancy.py, which is read by path: nothing need be installed."""
+    return runpy.run_path(str(ROOT / "benchmarks" / "occupancy.py"))
+
+
+def _threads(build: Path) -> dict[str, int]:
+    """Threads a block by entry function: the launch bounds, as the objects' PTX states them."""
+    wheel = importlib.util.find_spec("triton")
+    homes = wheel.submodule_search_locations if wheel else None
+    bundled = str(Path(homes[0]) / "backends" / "nvidia" / "bin") if homes else ""
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=bundled)
+    if cuobjdump is None:
+        raise CannotBuild("cuobjdump is neither in the CUDA toolkit nor in a Triton wheel")
+    bounds = re.compile(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)")
+    threads: dict[str, int] = {}
+    for name in _kernel_files():
+        compiled = str(build / f"{Path(name).stem}.o")
+        done = subprocess.run(
+            [cuobjdump, "-ptx", compiled], capture_output=True, text=True, check=True
+        )
+        threads |= {found[1]: int(found[2]) for found in bounds.finditer(done.stdout)}
+    return threads
 
 
 def _demangled(name: str) -> str:
@@ -290,9 +335,16 @@ def main() -> int:
         print(f"bertgpt._C was not built: {reason}", file=sys.stderr)
         return 1
     print(f"{built.relative_to(ROOT)}: {built.stat().st_size / 1e6:.1f} MB")
+    if not (options.resources or options.check_resources):
+        return 0
+    try:
+        table = resources(build)
+    except CannotBuild as reason:
+        print(f"csrc/resources.txt was not looked at: {reason}", file=sys.stderr)
+        return 1
     if options.resources:
-        RESOURCES.write_text(resources(build))
-    if options.check_resources and resources(build) != RESOURCES.read_text():
+        RESOURCES.write_text(table)
+    elif table != RESOURCES.read_text():
         print("csrc/resources.txt is out of date: run csrc/build.py --resources", file=sys.stderr)
         return 1
     return 0
