@@ -1,0 +1,43 @@
+"""Whether anything but this library takes part in a call.
+
+Where nothing does, an op runs its backend at once: torch's dispatcher would take several times as
+long as a small kernel's launch, to find nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.nn import Parameter
+
+
+def watched(values: Iterable[Any]) -> bool:
+    """Whether a call must go through its registered operator, because something watches it.
+
+    That is: `torch.compile` or export, `torch.jit.trace`, a profiler, a `TorchDispatchMode` (fake
+    tensors, FLOP counters, `make_fx`), a `TorchFunctionMode`, a functorch transform (`vmap`,
+    `grad`), or a tensor that is of a subclass, lazily negated, or on no CPU and no CUDA device.
+    Gradients are the caller's to tell. Autocast is no watcher: the checks apply it themselves.
+
+    Args:
+        values: The call's arguments, tensors and others.
+    """
+    if (
+        torch.compiler.is_compiling()  # first: a compiler must not look at what follows
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+        or profiler._is_profiler_enabled
+    ):
+        return True
+    for value in values:
+        if isinstance(value, Tensor):
+            plain = type(value) is Tensor or type(value) is Parameter
+            if not plain or value.is_neg() or not (value.is_cpu or value.is_cuda):
+                return True
+    return False
