@@ -1,6 +1,12 @@
 """The public ops. Each checks its arguments, picks a backend and runs it; `explain` says which."""
 
-from bertgpt.ops._dispatch import BackendUnavailable, Explanation, explain, strict
+from bertgpt.ops._dispatch import (
+    BackendUnavailable,
+    Explanation,
+    explain,
+    raise_pending,
+    strict,
+)
 from bertgpt.ops.add_layer_norm import add_layer_norm
 from bertgpt.ops.attention import attention
 from bertgpt.ops.gelu_ffn import gelu_ffn
@@ -18,5 +24,6 @@ __all__ = [
     "linear_gelu",
     "paged_attention",
     "paged_write",
+    "raise_pending",
     "strict",
 ]

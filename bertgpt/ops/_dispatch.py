@@ -122,6 +122,19 @@ def _cuda_cannot(call: Call) -> str | None:
     return built.wrong_device(first.device)
 
 
+def raise_pending() -> None:
+    """Raises what C++ kernels found wrong in index tensors since the last call.
+
+    To be called where the host waits for a device anyway: it reads each device's error flag. Where
+    no kernel with such a flag has run, it does nothing.
+
+    Raises:
+        IndexError: A page id, slot or length was out of range; the kernel kept inside its tensors,
+            and the device goes on working.
+    """
+    _cuda("extension").raise_pending()
+
+
 @cache
 def _kernels(module: str) -> ModuleType:
     """`bertgpt.kernels.<module>`; Triton's interpreter is mended first where it is in use."""
@@ -189,7 +202,9 @@ class Op:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._registered, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.bertgpt, self.name).default
-        self.fields = tuple(argument.name for argument in self.overload._schema.arguments)
+        arguments = self.overload._schema.arguments
+        self.fields = tuple(argument.name for argument in arguments)
+        self.tensors = tuple(a.name for a in arguments if "Tensor" in str(a.type))
         torch.library.register_fake(
             f"bertgpt::{self.name}", lambda *values: fake(self.bind(values)), lib=LIBRARY
         )
@@ -197,7 +212,7 @@ class Op:
 
     def __call__(self, call: Call) -> Any:
         """Runs what `check` returned: as the registered operator where something watches."""
-        if call.get("needs_grad") or watched(call.values()):
+        if call.get("needs_grad") or watched([call[name] for name in self.tensors]):
             return self.overload(*(call[field] for field in self.fields))
         return self._execute(call)
 
@@ -219,7 +234,7 @@ class Op:
         name = self.resolve(call)
         outputs = self.run(name, call)
         if strictly and name == "cuda":
-            _cuda("extension").raise_pending()
+            raise_pending()
         return outputs
 
     def run(self, name: str, call: Call) -> Any:

@@ -7,7 +7,6 @@ long as a small kernel's launch, to find nothing to do.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.autograd import profiler
 from torch.nn import Parameter
 
 
-def watched(values: Iterable[Any]) -> bool:
+def watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a call must go through its registered operator, because something watches it.
 
     That is: `torch.compile` or export, `torch.jit.trace`, a profiler, a `TorchDispatchMode` (fake
@@ -24,7 +23,7 @@ def watched(values: Iterable[Any]) -> bool:
     Gradients are the caller's to tell. Autocast is no watcher: the checks apply it themselves.
 
     Args:
-        values: The call's arguments, tensors and others.
+        tensors: The call's tensors; None for one that was not given.
     """
     if (
         torch.compiler.is_compiling()  # first: a compiler must not look at what follows
@@ -35,9 +34,9 @@ def watched(values: Iterable[Any]) -> bool:
         or profiler._is_profiler_enabled
     ):
         return True
-    for value in values:
-        if isinstance(value, Tensor):
-            plain = type(value) is Tensor or type(value) is Parameter
-            if not plain or value.is_neg() or not (value.is_cpu or value.is_cuda):
+    for tensor in tensors:
+        if tensor is not None:
+            plain = type(tensor) is Tensor or type(tensor) is Parameter
+            if not plain or tensor.is_neg() or not (tensor.is_cpu or tensor.is_cuda):
                 return True
     return False
