@@ -37,20 +37,19 @@ Call = Callable[[], object]
 
 def public_calls(backend: str) -> dict[str, Call]:
     """Every op that `backend` has, called on empty batches of GPT-2's sizes."""
-    none = torch.empty(0, HEADS, HEAD_DIM)
-    pages = [torch.zeros(64, HEADS, PAGE_SIZE, HEAD_DIM) for _ in range(2)]
+    none, padded = torch.empty(0, HEADS, HEAD_DIM), torch.empty(1, 0, HEADS, HEAD_DIM)
+    k, v = torch.zeros(2, 64, HEADS, PAGE_SIZE, HEAD_DIM)
     table, lengths = torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
     slots = torch.zeros(0, dtype=torch.int64)
     rows, scale, bias = torch.empty(0, WIDTH), torch.ones(WIDTH), torch.zeros(4 * WIDTH)
     up, down = torch.zeros(4 * WIDTH, WIDTH), torch.zeros(WIDTH, 4 * WIDTH)
-    run = {"backend": backend}
     calls: dict[str, Call] = {
-        "paged_attention": lambda: ops.paged_attention(none, *pages, table, lengths, **run),
-        "paged_write": lambda: ops.paged_write(none, none, *pages, slots, **run),
-        "add_layer_norm": lambda: ops.add_layer_norm(rows, rows, scale, scale, **run),
-        "linear_gelu": lambda: ops.linear_gelu(rows, up, bias, **run),
-        "gelu_ffn": lambda: ops.gelu_ffn(rows, up, bias, down, scale, **run),
-        "attention": lambda: ops.attention(none[None], none[None], none[None], **run),
+        "paged_attention": lambda: ops.paged_attention(none, k, v, table, lengths, backend=backend),
+        "paged_write": lambda: ops.paged_write(none, none, k, v, slots, backend=backend),
+        "add_layer_norm": lambda: ops.add_layer_norm(rows, rows, scale, scale, backend=backend),
+        "linear_gelu": lambda: ops.linear_gelu(rows, up, bias, backend=backend),
+        "gelu_ffn": lambda: ops.gelu_ffn(rows, up, bias, down, scale, backend=backend),
+        "attention": lambda: ops.attention(padded, padded, padded, backend=backend),
     }
     return {name: call for name, call in calls.items() if backend in OPS[name].backends}
 
@@ -61,17 +60,16 @@ def launcher_calls() -> dict[str, Call]:
     kernels = extension()
     binding = kernels.paged_decode
     q = torch.empty(0, HEADS, HEAD_DIM)
-    pages = [torch.zeros(64, HEADS, PAGE_SIZE, HEAD_DIM) for _ in range(2)]
+    k, v = torch.zeros(2, 64, HEADS, PAGE_SIZE, HEAD_DIM)
     table, lengths = torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
     kernels.paged_decode = lambda *values: recorded.append(values)
     try:
-        launcher.paged_decode(q, *pages, table, lengths)
+        launcher.paged_decode(q, k, v, table, lengths)
     finally:
         kernels.paged_decode = binding
     (values,) = recorded
 
     def with_addresses() -> None:
-        k, v = pages
         binding(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), table.data_ptr(), lengths.data_ptr(),
             q.data_ptr(), 0, 0, 0, 0, 0, values[11], *q.stride()[:2], *k.stride()[:3],
@@ -81,7 +79,7 @@ def launcher_calls() -> dict[str, Call]:
     return {
         f"binding, {len(values)} arguments": lambda: binding(*values),
         "binding with data_ptr()s and strides": with_addresses,
-        "launcher": lambda: launcher.paged_decode(q, *pages, table, lengths),
+        "launcher": lambda: launcher.paged_decode(q, k, v, table, lengths),
     }
 
 
