@@ -75,26 +75,18 @@ def test_autocast_reaches_a_plain_call_and_no_product_inside_it(calls):
     assert calls.registered == 0
 
 
-def test_a_dispatch_mode_sees_the_operator():
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+@pytest.mark.parametrize(
+    ("mode", "hook"),
+    [(TorchDispatchMode, "__torch_dispatch__"), (TorchFunctionMode, "__torch_function__")],
+)
+def test_a_mode_sees_the_operator(mode, hook):
     names = []
-    with Seen():
-        run(randn(3, 4))
-    assert "bertgpt.linear_gelu.default" in names
 
+    def note(self, func, types, args=(), kwargs=None):
+        names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
-def test_a_function_mode_sees_the_operator():
-    class Seen(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    names = []
-    with Seen():
+    with type("Seen", (mode,), {hook: note})():
         run(randn(3, 4))
     assert "bertgpt.linear_gelu.default" in names
 

@@ -83,7 +83,10 @@ def error_flag(device: torch.device) -> int:
 
 
 def raise_pending() -> None:
-    """Raises what kernels found wrong in index tensors since the last call; synchronises.
+    """Raises what kernels found wrong in index tensors since the last call.
+
+    To be called where the host waits for a device anyway: it reads the flag of each device on which
+    a kernel that has one ran, and where there is none it does nothing.
 
     Raises:
         IndexError: A page id, slot or length was out of range. Nothing outside the tensors was

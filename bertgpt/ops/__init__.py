@@ -1,12 +1,7 @@
 """The public ops. Each checks its arguments, picks a backend and runs it; `explain` says which."""
 
-from bertgpt.ops._dispatch import (
-    BackendUnavailable,
-    Explanation,
-    explain,
-    raise_pending,
-    strict,
-)
+from bertgpt.cuda.extension import raise_pending
+from bertgpt.ops._dispatch import BackendUnavailable, Explanation, explain, strict
 from bertgpt.ops.add_layer_norm import add_layer_norm
 from bertgpt.ops.attention import attention
 from bertgpt.ops.gelu_ffn import gelu_ffn

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bertgpt.cuda import extension
 from bertgpt.ops._checks import autocasting
 from bertgpt.ops._watched import watched
 
@@ -111,28 +112,14 @@ def _cuda(module: str) -> ModuleType:
 
 def _cuda_cannot(call: Call) -> str | None:
     """What no C++ kernel of this library does, whichever the op."""
-    built = _cuda("extension")
-    if (reason := built.unavailable()) is not None:
+    if (reason := extension.unavailable()) is not None:
         return reason
     if call.get("needs_grad"):
         return "it has no gradient and an input requires one (wrap the call in torch.no_grad())"
     first = first_tensor(call)
     if first.dtype == torch.float64:
         return "float64 is for the torch and reference backends"
-    return built.wrong_device(first.device)
-
-
-def raise_pending() -> None:
-    """Raises what C++ kernels found wrong in index tensors since the last call.
-
-    To be called where the host waits for a device anyway: it reads each device's error flag. Where
-    no kernel with such a flag has run, it does nothing.
-
-    Raises:
-        IndexError: A page id, slot or length was out of range; the kernel kept inside its tensors,
-            and the device goes on working.
-    """
-    _cuda("extension").raise_pending()
+    return extension.wrong_device(first.device)
 
 
 @cache
@@ -234,7 +221,7 @@ class Op:
         name = self.resolve(call)
         outputs = self.run(name, call)
         if strictly and name == "cuda":
-            raise_pending()
+            extension.raise_pending()
         return outputs
 
     def run(self, name: str, call: Call) -> Any:
