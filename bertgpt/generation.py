@@ -174,6 +174,7 @@ def _decode(
     tokens = _likeliest(model, hidden[batch.cu_seqlens[1:].long() - 1])
     while active:
         chosen = tokens.tolist()
+        ops.raise_pending()  # the host has just waited for the device
         for row, token in zip(active, chosen, strict=True):
             added[row].append(token)
         going = [

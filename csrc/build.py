@@ -134,7 +134,7 @@ def build_host(build: Path, sanitizer: str = "plain", change: Change | None = No
     if reason is not None:
         raise CannotBuild(reason)
     changed, units = (change.csrc, change.units) if change else (CSRC, ())
-    rules = {"bindings": _bindings_command(["-O0", "-DBERTGPT_MODULE=_host", "-DGPU_HOST"])}
+    rules = {"bindings": _bindings_command(["-O2", "-DBERTGPT_MODULE=_host", "-DGPU_HOST"])}
     rules |= {f"kernel_{name}": _host_kernel(CSRC, flags) for name, flags in _SANITIZERS.items()}
     rules |= {f"engine_{name}": _host_engine(name) for name in _SANITIZERS}
     rules["changed"] = _host_kernel(changed, _SANITIZERS[sanitizer])

@@ -59,7 +59,7 @@ def add_layer_norm(
         Both contiguous, in x's dtype; the sum is None unless asked for.
     """
     width = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y) if return_sum else None
     if y.numel() == 0:
         return y, total

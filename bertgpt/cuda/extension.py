@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 from functools import cache
 from types import ModuleType
@@ -70,18 +71,22 @@ def wrong_device(device: torch.device) -> str | None:
 
 def stream_of(device: torch.device) -> int:
     """The address of torch's current stream on `device`; 0 for the host engine."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return 0 if extension().HOST else torch.cuda.current_stream(device).cuda_stream
 
 
 def error_flag(device: torch.device) -> int:
     """The address of the word on `device` in which kernels tell of indices they skipped."""
-    if device not in _FLAGS:
-        _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _FLAGS[device].data_ptr()
+    flag = _FLAGS.get(device)
+    if flag is None:
+        flag = _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return flag.data_ptr()
 
 
 def raise_pending() -> None:
-    """Raises what kernels found wrong in index tensors since the last call; synchronises.
+    """Raises what kernels found wrong in index tensors since the last call.
+
+    To be called where the host waits for a device anyway: it reads the flag of each device on which
+    a kernel that has one ran, and where there is none it does nothing.
 
     Raises:
         IndexError: A page id, slot or length was out of range. Nothing outside the tensors was
@@ -100,12 +105,14 @@ def misaligned(tensor: Tensor) -> bool:
 
     One whose last stride is not 1 is copied before it gets to a kernel, and so is not.
     """
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        return False
+    *outer, last = tensor.stride()
     size = tensor.element_size()
-    outer = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    strides = [stride for length, stride in outer if length > 1]
-    return bool(tensor.data_ptr() % ACCESS_BYTES or any(s * size % ACCESS_BYTES for s in strides))
+    if not (tensor.data_ptr() % ACCESS_BYTES or math.gcd(*outer) * size % ACCESS_BYTES):
+        return False  # whatever the shape
+    if last != 1 and tensor.shape[-1] > 1:
+        return False
+    used = (stride for length, stride in zip(tensor.shape, outer, strict=False) if length > 1)
+    return bool(tensor.data_ptr() % ACCESS_BYTES or math.gcd(*used) * size % ACCESS_BYTES)
 
 
 def misaligned_names(tensors: dict[str, Tensor | None]) -> str | None:

@@ -27,15 +27,16 @@ def unsupported(
     """Why this kernel can't take a call that the common checks let through, or None."""
     if cu_seqlens_q is not None:
         return "it decodes one token a sequence, not chunks (cu_seqlens_q)"
-    if q.shape[2] not in HEAD_DIMS:
-        return f"head_dim {q.shape[2]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    tokens, heads, head_dim = q.shape
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     page_size = k_pages.shape[2]
     if page_size not in PAGE_SIZES:
         return f"pages of {page_size} tokens are outside 8 … 256"
     if (keys := page_table.shape[1] * page_size) > MAX_KEYS:
         return f"the page table has room for {keys} keys a sequence, above {MAX_KEYS}"
-    if q.shape[0] * q.shape[1] > MAX_ROWS:
-        return f"{q.shape[0]} sequences of {q.shape[1]} heads are above {MAX_ROWS} rows"
+    if tokens * heads > MAX_ROWS:
+        return f"{tokens} sequences of {heads} heads are above {MAX_ROWS} rows"
     return misaligned_names({"q": q, "k_pages": k_pages, "v_pages": v_pages})
 
 
@@ -111,9 +112,9 @@ def paged_decode(
     window_left = -1 if window_left >= longest else window_left
     own = longest if window_left < 0 else min(longest, window_left + 1)
     splits = max(1, min(kernels.MAX_SPLITS, -(-own // kernels.MIN_SPLIT_KEYS)))
-    slots = splits + kernels.count_splits(prefix_keys)
+    slots = splits + (kernels.count_splits(prefix_keys) if prefix_keys else 0)
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, batch, device=q.device) if return_lse else None
     part = part_lse = None
     if slots > 1:

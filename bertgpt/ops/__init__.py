@@ -1,5 +1,6 @@
 """The public ops. Each checks its arguments, picks a backend and runs it; `explain` says which."""
 
+from bertgpt.cuda.extension import raise_pending
 from bertgpt.ops._dispatch import BackendUnavailable, Explanation, explain, strict
 from bertgpt.ops.add_layer_norm import add_layer_norm
 from bertgpt.ops.attention import attention
@@ -18,5 +19,6 @@ __all__ = [
     "linear_gelu",
     "paged_attention",
     "paged_write",
+    "raise_pending",
     "strict",
 ]

@@ -6,14 +6,13 @@ should be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 
 
@@ -42,9 +41,9 @@ def check_parameter(name: str, value: Tensor, other_name: str, other: Tensor) ->
     check_device(name, value, other_name, other)
 
 
-def check_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """`value` has exactly `shape`, which the message calls `meaning`."""
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, not {tuple(value.shape)}")
 
 
@@ -95,12 +94,18 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
 
 def check_range(name: str, values: Tensor, low: int, high: int, error: type[Exception]) -> None:
     """Every element lies in [low, high]."""
-    if values.numel() == 0:
-        return
-    least, greatest = (int(v) for v in torch.aminmax(values))
-    if least < low or greatest > high:
+    if not in_range(values, low, high):
+        least, greatest = (int(v) for v in torch.aminmax(values))
         wrong = least if least < low else greatest
         raise error(f"{name} holds {wrong}, outside {low} … {high}")
+
+
+def in_range(values: Tensor, low: int, high: int) -> bool:
+    """Whether every element lies in [low, high]."""
+    if values.numel() == 0:
+        return True
+    least, greatest = torch.aminmax(values)
+    return low <= least.item() and greatest.item() <= high
 
 
 def check_window(window: Any) -> tuple[int, int]:
@@ -141,12 +146,17 @@ def as_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
 
 
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for such a device; on meta tensors it never is."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, floating tensors (float64 aside) in its dtype; otherwise as they are."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    device_type = next(t.device.type for t in tensors if t is not None)
+    if not autocasting(device_type):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors

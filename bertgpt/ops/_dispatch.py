@@ -2,7 +2,8 @@
 
 An `Op` is one public operation. Its file gives the schema, the static checks, the value checks
 and the backends; this file registers it with `torch.library` and picks the backend at run time,
-inside the registered operator, so that `torch.compile` sees one opaque call.
+inside the registered operator, so that `torch.compile` sees one opaque call. Where nothing watches
+a call (`_watched.py`), the same code runs without the registered operator around it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from typing import Any
 
 import torch
 
+from bertgpt.cuda import extension
+from bertgpt.ops._checks import autocasting
+from bertgpt.ops._watched import watched
+
 BACKENDS = ("cuda", "triton", "torch", "reference")
 LIBRARY = torch.library.Library("bertgpt", "FRAGMENT")
 OPS: dict[str, Op] = {}
 
 _STRICT: ContextVar[bool] = ContextVar("bertgpt_strict", default=False)
+_AS_IT_IS = nullcontext()
 _MIN_CAPABILITY = (8, 0)  # below, Triton lowers tl.dot to scalar FMAs with kilobytes of spills
 
 Call = Mapping[str, Any]
@@ -38,8 +44,9 @@ class BackendUnavailable(RuntimeError):
 def strict() -> Iterator[None]:
     """Within this context nothing degrades quietly.
 
-    Falling from a GPU kernel to PyTorch raises `BackendUnavailable` instead of warning, and values
-    of index tensors on a GPU are checked before each call (one synchronisation per check).
+    Falling from a GPU kernel to PyTorch raises `BackendUnavailable` instead of warning, values of
+    index tensors on a GPU are checked before each call (one synchronisation per check), and what a
+    C++ kernel found wrong is raised after it (another).
     """
     token = _STRICT.set(True)
     try:
@@ -53,8 +60,10 @@ class Backend:
     """One implementation of an op.
 
     Attributes:
-        run: Takes the checked arguments by keyword and returns the registered op's outputs.
-        refusal: Takes the same, with `needs_grad`, and says in words why it cannot run, or None.
+        run: Takes the checked arguments by keyword and returns the registered op's outputs; None
+            in place of one that was not asked for.
+        refusal: Takes the same, with `needs_grad` and `backend`, and says in words why it cannot
+            run, or None.
     """
 
     run: Callable[..., Any]
@@ -68,9 +77,7 @@ def triton_backend(module: str, run: Callable[..., Any]) -> Backend:
     """
 
     def execute(**call: Any) -> Any:
-        device = device_of(call)
-        # Triton launches on the current device, whichever the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with _current(device_of(call)):
             return run(_kernels(module), **call)
 
     def refusal(**call: Any) -> str | None:
@@ -86,9 +93,7 @@ def cuda_backend(module: str, run: Callable[..., Any]) -> Backend:
     """
 
     def execute(**call: Any) -> Any:
-        device = device_of(call)
-        # A launch goes to the current device, whichever the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with _current(device_of(call)):
             return run(_cuda(module), **call)
 
     def refusal(**call: Any) -> str | None:
@@ -107,15 +112,14 @@ def _cuda(module: str) -> ModuleType:
 
 def _cuda_cannot(call: Call) -> str | None:
     """What no C++ kernel of this library does, whichever the op."""
-    built = _cuda("extension")
-    if (reason := built.unavailable()) is not None:
+    if (reason := extension.unavailable()) is not None:
         return reason
     if call.get("needs_grad"):
         return "it has no gradient and an input requires one (wrap the call in torch.no_grad())"
-    first = next(value for value in call.values() if isinstance(value, torch.Tensor))
+    first = first_tensor(call)
     if first.dtype == torch.float64:
         return "float64 is for the torch and reference backends"
-    return built.wrong_device(first.device)
+    return extension.wrong_device(first.device)
 
 
 @cache
@@ -135,7 +139,7 @@ def _no_triton() -> str | None:
 
 def _triton_cannot(call: Call) -> str | None:
     """What no Triton kernel of this library does, whichever the op."""
-    first = next(value for value in call.values() if isinstance(value, torch.Tensor))
+    first = first_tensor(call)
     if call.get("needs_grad"):
         return "it has no gradient yet and an input requires one (wrap the call in torch.no_grad())"
     if call.get("dropout_p"):
@@ -183,32 +187,50 @@ class Op:
         self.backends = backends
         self.differentiable = differentiable
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(self.name, self._execute, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._registered, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.bertgpt, self.name).default
-        self.fields = tuple(argument.name for argument in self.overload._schema.arguments)
+        arguments = self.overload._schema.arguments
+        self.fields = tuple(argument.name for argument in arguments)
+        self.tensors = tuple(a.name for a in arguments if "Tensor" in str(a.type))
         torch.library.register_fake(
             f"bertgpt::{self.name}", lambda *values: fake(self.bind(values)), lib=LIBRARY
         )
         OPS[self.name] = self
 
     def __call__(self, call: Call) -> Any:
-        """Runs the registered operator on what `check` returned."""
-        return self.overload(*(call[field] for field in self.fields))
+        """Runs what `check` returned: as the registered operator where something watches."""
+        if call.get("needs_grad") or watched([call[name] for name in self.tensors]):
+            return self.overload(*(call[field] for field in self.fields))
+        return self._execute(call)
 
     def bind(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """The operator's positional arguments by name."""
         return dict(zip(self.fields, values, strict=True))
 
-    def _execute(self, *values: Any) -> Any:
-        call = self.bind(values)
-        if device_of(call).type != "cuda" or _STRICT.get():
+    def _registered(self, *values: Any) -> Any:
+        """The registered operator: it returns a tensor, if an empty one, for each output."""
+        outputs = self._execute(self.bind(values))
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(values[0].new_empty(0) if out is None else out for out in outputs)
+
+    def _execute(self, call: Call) -> Any:
+        strictly = _STRICT.get()
+        if strictly or not first_tensor(call).is_cuda:
             self.check_values(call)
-        return self.run(self.resolve(call), call)
+        name = self.resolve(call)
+        outputs = self.run(name, call)
+        if strictly and name == "cuda":
+            extension.raise_pending()
+        return outputs
 
     def run(self, name: str, call: Call) -> Any:
         """Backend `name`'s outputs for a call whose values have been checked."""
-        arguments = {k: v for k, v in call.items() if k not in ("needs_grad", "backend")}
-        with _without_autocast(device_of(call).type):
+        arguments = dict(call)
+        arguments.pop("needs_grad", None)
+        arguments.pop("backend", None)
+        autocast = torch._C._is_any_autocast_enabled()
+        with _without_autocast(device_of(call).type) if autocast else _AS_IT_IS:
             return self.backends[name].run(**arguments)
 
     def refusal(self, name: str, call: Call) -> str | None:
@@ -216,7 +238,7 @@ class Op:
         if name not in self.backends:
             kind = {"cuda": "CUDA C++", "triton": "Triton"}[name]
             return f"{self.name} has no {kind} kernel in this build"
-        return self.backends[name].refusal(**{k: v for k, v in call.items() if k != "backend"})
+        return self.backends[name].refusal(**call)
 
     def resolve(self, call: Call) -> str:
         """The name of the backend that runs `call`; raises BackendUnavailable, or warns once."""
@@ -246,9 +268,12 @@ class Op:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """The check has settled the dtypes; no product inside the operator may take another one."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else _AS_IT_IS
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels launch on the current device, whichever the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else _AS_IT_IS
 
 
 @cache
@@ -256,9 +281,15 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def first_tensor(call: Call) -> torch.Tensor:
+    """The first argument of a checked call, which is a tensor in each op."""
+    tensor: torch.Tensor = next(iter(call.values()))
+    return tensor
+
+
 def device_of(call: Call) -> torch.device:
-    """The device of a checked call: that of its first tensor."""
-    return next(value.device for value in call.values() if isinstance(value, torch.Tensor))
+    """The device of a checked call."""
+    return first_tensor(call).device
 
 
 def default_order(device: torch.device) -> tuple[str, ...]:

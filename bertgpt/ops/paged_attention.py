@@ -165,9 +165,10 @@ def _check_values(call: Call) -> None:
     pages, _, page_size, _ = call["k_pages"].shape
     keys = page_table.shape[1] * page_size
     checks.check_range("lengths", lengths, 0, keys, ValueError)
-    entry = torch.arange(page_table.shape[1], device=page_table.device)
-    used = page_table[entry * page_size < lengths[:, None]]
-    checks.check_range("page_table", used, 0, pages - 1, IndexError)
+    if not checks.in_range(page_table, 0, pages - 1):  # perhaps in entries that nobody uses
+        entry = torch.arange(page_table.shape[1], device=page_table.device)
+        used = page_table[entry * page_size < lengths[:, None]]
+        checks.check_range("page_table", used, 0, pages - 1, IndexError)
     if call["cu_seqlens_q"] is None:
         return
     chunks = checks.check_cu_seqlens("cu_seqlens_q", call["cu_seqlens_q"], call["q"].shape[0])
@@ -190,33 +191,29 @@ def _longest(cu_seqlens_q: Tensor | None, given: int | None) -> int:
     return int(cu_seqlens_q.diff().amax()) if cu_seqlens_q.shape[0] > 1 else 0
 
 
-def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
-    """Calls a backend with what all of them want: unit last strides and the longest chunk."""
+def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
+    result = function(**_settled(call))
+    return result if call["return_lse"] else (result, None)
+
+
+def _settled(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with what all backends want: unit last strides and the longest chunk."""
     for name in ("q", "k_pages", "v_pages"):
-        if call[name].stride(-1) != 1:
+        if call[name].stride()[-1] != 1:
             call[name] = call[name].contiguous()
     call["max_seqlen_q"] = _longest(call["cu_seqlens_q"], call["max_seqlen_q"])
     call["window"] = tuple(call["window"])
-    result = function(**call)
-    return result if call["return_lse"] else (result, _no_lse(call["q"]))
+    return call
 
 
-def _no_lse(q: Tensor) -> Tensor:
-    return q.new_empty(0, dtype=torch.float32)
-
-
-def _run_kernels(kernels: Any, **call: Any) -> tuple[Tensor, Tensor]:
-    def launch(**arguments: Any) -> Any:
-        out, lse = kernels.paged_attention(**arguments)
-        return (out, lse) if arguments["return_lse"] else out
-
-    return _run(launch, **call)
+def _run_kernels(kernels: Any, **call: Any) -> Any:
+    return kernels.paged_attention(**_settled(call))
 
 
 def _fake(call: Call) -> tuple[Tensor, Tensor]:
     q = call["q"]
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    return q.new_empty(q.shape), lse if call["return_lse"] else _no_lse(q)
+    return q.new_empty(q.shape), lse if call["return_lse"] else q.new_empty(0)
 
 
 _OP = Op(

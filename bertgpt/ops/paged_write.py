@@ -125,7 +125,7 @@ def _check_values(call: Call) -> None:
 
 def _run_kernels(kernels: Any, **call: Any) -> None:
     for name in ("k", "v"):
-        if call[name].stride(-1) != 1:
+        if call[name].stride()[-1] != 1:
             call[name] = call[name].contiguous()
     kernels.paged_write(**call)
     # Autograd counts writes through torch by itself, but does not see a kernel's.

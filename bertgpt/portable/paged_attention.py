@@ -44,17 +44,26 @@ def paged_attention(
                 q.detach(), k_TKD, v_TKD, window=(left, right), scale=scale,
                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
             )  # fmt: skip
+        buckets = _buckets(lengths.tolist())
+        if len(buckets) == 1 and len(buckets[0][0]) == len(q):
+            out_BHD, scores_BHS = _decode(
+                q, k_pages, v_pages, page_table, lengths, buckets[0][1], left, scale
+            )
+            return (out_BHD, _lse(scores_BHS).t().contiguous()) if return_lse else out_BHD
         out_BHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse_BH = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        for rows, longest in _buckets(lengths.tolist()):
-            whole = len(rows) == len(q)
-            index = slice(None) if whole else torch.tensor(rows, device=q.device)
+        for rows, longest in buckets:
+            index = torch.tensor(rows, device=q.device)
             out_BHD[index], scores_BHS = _decode(
                 q[index], k_pages, v_pages, page_table[index], lengths[index], longest, left, scale
             )
             if return_lse:
-                lse_BH[index] = scores_BHS.logsumexp(dim=-1).float()
+                lse_BH[index] = _lse(scores_BHS)
     return (out_BHD, lse_BH.t().contiguous()) if return_lse else out_BHD
+
+
+def _lse(scores_BHS: Tensor) -> Tensor:
+    return scores_BHS.logsumexp(dim=-1).float()
 
 
 def _pack(pages_PKND: Tensor, page_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,21 +124,26 @@ def _decode(
 
     wide = torch.promote_types(q_BHD.dtype, torch.float32)
     q_BKGD = (q_BHD.to(wide) * scale).view(B, K, H // K, D)
-    scores_BKGS = q_BKGD @ _gather(k_pages, page_ids).to(wide).mT
+    blocks = _blocks(page_ids, K)
+    scores_BKGS = q_BKGD @ _gather(k_pages, blocks).to(wide).mT
     scores_BKGS.masked_fill_(dead_BS[:, None, None], -torch.inf)
     weight_BKGS = scores_BKGS.softmax(dim=-1)
-    v_BKSD = _gather(v_pages, page_ids).to(wide)
+    v_BKSD = _gather(v_pages, blocks).to(wide)
     out_BKGD = weight_BKGS @ v_BKSD
     if not math.isfinite(out_BKGD.sum()):  # perhaps 0 · NaN from a slot that nobody may read
         out_BKGD = weight_BKGS @ v_BKSD.masked_fill(dead_BS[:, None, :, None], 0)
     return out_BKGD.view(B, H, D).to(q_BHD.dtype), scores_BKGS.view(B, H, -1)
 
 
-def _gather(pages_PKND: Tensor, page_ids_BM: Tensor) -> Tensor:
+def _blocks(page_ids_BM: Tensor, K: int) -> Tensor:
+    """Numbers of the (page, head) blocks of each sequence's heads, [B, K, M]."""
+    return page_ids_BM[:, None] * K + torch.arange(K, device=page_ids_BM.device)[:, None]
+
+
+def _gather(pages_PKND: Tensor, blocks_BKM: Tensor) -> Tensor:
     """The pages of each sequence in its order, [B, K, M · N, D]."""
-    (B, M), (P, K, N, D) = page_ids_BM.shape, pages_PKND.shape
-    head_K1 = torch.arange(K, device=pages_PKND.device)[:, None]
-    if pages_PKND.is_contiguous():  # whole (page, head) blocks, several times as fast
-        rows = (page_ids_BM[:, None] * K + head_K1).flatten()
-        return pages_PKND.view(P * K, N * D).index_select(0, rows).view(B, K, M * N, D)
-    return pages_PKND[page_ids_BM[:, None], head_K1].reshape(B, K, M * N, D)
+    (B, K, M), (P, _, N, D) = blocks_BKM.shape, pages_PKND.shape
+    if pages_PKND.is_contiguous():  # whole blocks, several times as fast
+        rows = pages_PKND.view(P * K, N * D).index_select(0, blocks_BKM.flatten())
+        return rows.view(B, K, M * N, D)
+    return pages_PKND[blocks_BKM // K, blocks_BKM % K].reshape(B, K, M * N, D)

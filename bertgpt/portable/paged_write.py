@@ -12,12 +12,12 @@ def paged_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: T
     The last of several tokens with the same slot stays.
     """
     # An indexed copy may mix tokens that share a slot, so only the last of each is copied.
-    slot, token = slots.long().sort(stable=True)
-    written = slot >= 0
-    written[:-1] &= slot[:-1] != slot[1:]
-    slot, token = slot[written], token[written]
+    last = {slot: token for token, slot in enumerate(slots.tolist()) if slot >= 0}
+    if len(last) < len(slots):
+        slots, token = torch.tensor([[*last], [*last.values()]], device=slots.device).long()
+        k, v = k[token], v[token]
     page_size = k_pages.shape[2]
     with torch.no_grad():
-        page, offset = slot // page_size, slot % page_size
-        k_pages[page, :, offset] = k[token]
-        v_pages[page, :, offset] = v[token]
+        page, offset = slots // page_size, slots % page_size
+        k_pages[page, :, offset] = k
+        v_pages[page, :, offset] = v
