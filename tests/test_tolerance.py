@@ -149,3 +149,11 @@ def test_poisoned_allocations_hold_nan_and_end():
         assert torch.empty(100).isnan().all()
         assert torch.empty_like(torch.zeros(3, dtype=torch.bfloat16)).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rounding_is_taken_at_the_magnitude_of_what_cancels():
+    oracle = torch.tensor([[1e-3]], dtype=torch.float64)
+    baseline, actual = oracle.float(), (oracle + 1e-6).float()
+    assert not measure(actual, oracle, baseline).accurate
+    assert measure(actual, oracle, baseline, terms=torch.tensor([[-4.0]])).accurate
+    assert not measure(actual, oracle, baseline, terms=torch.tensor([[0.01]])).accurate

@@ -11,16 +11,16 @@ def assert_accurate(
     low_precision_baseline: torch.Tensor,
     *,
     factor: float = 2.0,
+    terms: torch.Tensor | None = None,
     what: str = "result",
 ) -> Accuracy:
     """Fails unless `actual` obeys the rule of `bertgpt.accuracy`; returns the figures.
 
     `oracle_f64` is the reference on float64 copies of the inputs; `low_precision_baseline` the
-    reference on the very inputs. Use factor=3 for gradients.
+    reference on the very inputs. Use factor=3 for gradients; `terms` where the results cancel.
     """
-    accuracy = measure(
-        actual.detach(), oracle_f64.detach(), low_precision_baseline.detach(), factor=factor
-    )
+    tensors = (actual.detach(), oracle_f64.detach(), low_precision_baseline.detach())
+    accuracy = measure(*tensors, factor=factor, terms=terms)
     assert accuracy.accurate, f"{what}: " + "; ".join(accuracy.failures)
     return accuracy
 
