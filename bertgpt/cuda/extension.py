@@ -22,7 +22,10 @@ _MEANINGS = {  # of the bits in csrc/device/error_flag.cuh
     2: "a length is negative, shorter than the shared prefix, or longer than its row of the page "
     "table (it was clamped)",
     4: "a slot lies past the last page (its token was skipped)",
+    8: "a row of logits holds NaN, +inf or nothing but -inf (its token is -1)",
+    16: "a temperature, top_k or top_p is out of its range (its row's token is -1)",
 }
+_INDEX_BITS = 1 | 2 | 4
 
 
 @cache
@@ -74,25 +77,27 @@ def stream_of(device: torch.device) -> int:
 
 
 def error_flag(device: torch.device) -> int:
-    """The address of the word on `device` in which kernels tell of indices they skipped."""
+    """The address of the word on `device` in which kernels tell of what they skipped."""
     if device not in _FLAGS:
         _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _FLAGS[device].data_ptr()
 
 
 def raise_pending() -> None:
-    """Raises what kernels found wrong in index tensors since the last call; synchronises.
+    """Raises what kernels found wrong in tensors since the last call; synchronises.
 
     Raises:
         IndexError: A page id, slot or length was out of range. Nothing outside the tensors was
             read or written, and the device goes on working.
+        ValueError: Logits or settings that no token can be drawn by, and no bad index beside them.
     """
     for device, flag in _FLAGS.items():
         bits = int(flag)
         if bits:
             flag.zero_()
             found = "; ".join(text for bit, text in _MEANINGS.items() if bits & bit)
-            raise IndexError(f"on {device}: {found}")
+            error = IndexError if bits & _INDEX_BITS else ValueError
+            raise error(f"on {device}: {found}")
 
 
 def misaligned(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ from bertgpt.ops.gelu_ffn import gelu_ffn
 from bertgpt.ops.linear_gelu import linear_gelu
 from bertgpt.ops.paged_attention import paged_attention
 from bertgpt.ops.paged_write import paged_write
+from bertgpt.ops.sample import sample
 
 __all__ = [
     "BackendUnavailable",
@@ -18,5 +19,6 @@ __all__ = [
     "linear_gelu",
     "paged_attention",
     "paged_write",
+    "sample",
     "strict",
 ]
