@@ -215,7 +215,7 @@ GPU_DEVICE int walk(const Row<T>& row, Shared& s, Value value, Point point) {
           const uint64_t step = value(x, index);
           if (!passed && left < step) at = index;
           passed = passed || left < step;
-          left -= passed ? 0 : step;
+          left -= step;
         });
       }
       s.point = left;
@@ -224,9 +224,8 @@ GPU_DEVICE int walk(const Row<T>& row, Shared& s, Value value, Point point) {
     __syncthreads();
     start = s.start;
     wanted = s.point;
-    __syncthreads();
     if (each == 1) return start;
-    chunks = min(each, row.chunks - start);
+    chunks = each;  // past the row's end there is nothing to add
   }
 }
 
@@ -250,7 +249,7 @@ GPU_DEVICE float largest(const Row<T>& row, Shared& s) {
 }
 
 template <typename T>
-GPU_KERNEL(kThreads, 4) sample_kernel(GPU_CONSTANT SampleArgs a) {
+GPU_KERNEL(kThreads, 3) sample_kernel(GPU_CONSTANT SampleArgs a) {
   GPU_SHARED(Shared, shared, 1);
   Shared& s = *shared;
   const int64_t b = blockIdx.x;

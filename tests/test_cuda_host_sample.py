@@ -72,6 +72,18 @@ def test_a_row_draws_the_same_token_in_any_batch_and_schedule(host_engine):
         assert_bitwise(ops.sample(logits[rows], **part, **CUDA), tokens[rows])
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_ties_at_the_edge_and_shares_reached_exactly(dtype):
+    run = {**SEEDED, "sequence_ids": torch.arange(300)}
+    tied = torch.tensor([0.0, 1, 1, -0.0, 1, 0, -9], dtype=dtype).expand(300, 7)
+    assert set(check(tied, {**run, "top_k": 4}).tolist()) == {0, 1, 2, 3, 4, 5}
+    assert set(check(tied, {**run, "top_k": 3, "top_p": 0.5}).tolist()) == {1, 2}
+    assert set(check(tied, {**run, "top_p": 1e-30}).tolist()) == {1}
+    equal = torch.zeros(300, 8, dtype=dtype)
+    assert set(check(equal, {**run, "top_p": 0.25}).tolist()) == {0, 1}
+    assert set(check(equal, {**run, "top_p": 0.2500001}).tolist()) == {0, 1, 2}
+
+
 def test_the_ends_of_the_range_of_numbers():
     run = {**SEEDED, "sequence_ids": torch.arange(60)}
     wide = torch.tensor([[1.5e38, -1.5e38, 1.5e38, -INF, 0.0]]).expand(60, 5)
