@@ -187,10 +187,10 @@ GPU_DEVICE int walk(const Row<T>& row, Shared& s, Value value, Point point) {
   uint64_t wanted = 0;
 #pragma unroll 1
   for (bool whole = true;; whole = false) {
-    const int each = (chunks + kThreads - 1) / kThreads;
-    const int first = start + threadIdx.x * each;
+    const int share = (chunks + kThreads - 1) / kThreads;
+    const int first = start + threadIdx.x * share;
     uint64_t mine = 0;
-    row.each(first, min(first + each, start + chunks), 1,
+    row.each(first, min(first + share, start + chunks), 1,
              [&](float x, int index) { mine += value(x, index); });
     uint64_t upto = mine;
 #pragma unroll
@@ -209,7 +209,7 @@ GPU_DEVICE int walk(const Row<T>& row, Shared& s, Value value, Point point) {
     if (upto - mine <= wanted && wanted < upto) {  // one thread's stretch
       uint64_t left = wanted - (upto - mine);
       int at = first;
-      if (each == 1) {
+      if (share == 1) {
         bool passed = false;
         row.each(first, first + 1, 1, [&](float x, int index) {
           const uint64_t step = value(x, index);
@@ -224,8 +224,8 @@ GPU_DEVICE int walk(const Row<T>& row, Shared& s, Value value, Point point) {
     __syncthreads();
     start = s.start;
     wanted = s.point;
-    if (each == 1) return start;
-    chunks = each;  // past the row's end there is nothing to add
+    if (share == 1) return start;
+    chunks = share;  // past the row's end there is nothing to add
   }
 }
 
@@ -248,6 +248,7 @@ GPU_DEVICE float largest(const Row<T>& row, Shared& s) {
   return most;
 }
 
+// Three blocks a multiprocessor allow 80 registers; left to itself the compiler spills on sm_90.
 template <typename T>
 GPU_KERNEL(kThreads, 3) sample_kernel(GPU_CONSTANT SampleArgs a) {
   GPU_SHARED(Shared, shared, 1);
