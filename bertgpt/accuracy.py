@@ -8,6 +8,8 @@ A result is accurate when, against the reference run in float64 (the oracle),
    place of the half types, 16 of float32, 64 of float64;
 3. rms(error) / rms(oracle) ≤ 0.005, which catches a bias that a maximum hides.
 
+Integers, such as sampled tokens, are judged as float64, where any other one is an error.
+
 The baseline is the reference run in the result's own low precision. Its error in a row is taken
 as no less than its typical error over the whole tensor, relative to each row's magnitude:
 otherwise a short row that the baseline rounds exactly by luck would forbid any other rounding.
@@ -77,7 +79,7 @@ def measure(
     """Measures `actual` against the rule above.
 
     Args:
-        actual: the result to judge, any floating dtype and shape.
+        actual: the result to judge, any floating or integer dtype and any shape.
         oracle: the reference in float64, of the same shape.
         baseline: the reference in the result's precision; same shape and dtype as `actual`.
         factor: how many baseline errors are allowed: 2 for outputs, 3 for gradients.
@@ -101,6 +103,8 @@ def measure(
     mismatches = _form_mismatches(actual, oracle, baseline)
     if mismatches:
         return Accuracy(float("inf"), 0.0, float("inf"), float("inf"), None, mismatches)
+    if not actual.is_floating_point():
+        actual, baseline = actual.double(), baseline.double()
     if actual.numel() == 0:
         return Accuracy(0.0, 0.0, 0.0, 0.0, None, ())
 

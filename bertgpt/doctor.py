@@ -180,6 +180,11 @@ def _paged_attention(device: str) -> dict[str, Any]:
     return {"q": q, "k_pages": pages, "v_pages": pages, "page_table": table, "lengths": lengths}
 
 
+def _sample(device: str) -> dict[str, Any]:
+    logits = torch.zeros(1, 128, dtype=torch.float16, device=device)
+    return {"logits": logits, "seed": 0, "sequence_ids": 0, "steps": 0}
+
+
 # The smallest ordinary call of each op; `explain` runs none of them.
 _SAMPLES: dict[str, Callable[[str], dict[str, Any]]] = {
     "attention": _attention,
@@ -188,4 +193,5 @@ _SAMPLES: dict[str, Callable[[str], dict[str, Any]]] = {
     "add_layer_norm": _add_layer_norm,
     "paged_write": _paged_write,
     "paged_attention": _paged_attention,
+    "sample": _sample,
 }

@@ -1,7 +1,8 @@
-"""The dropout bits: Philox-4x32-10 in plain torch integer arithmetic.
+"""The random bits: Philox-4x32-10 in plain torch integer arithmetic.
 
-Every backend, forward and backward, draws the same bits from the same counters, so a mask depends
-on (seed, position) alone and never on a tile size. `docs/dropout.md` is the written definition.
+Every backend, forward and backward, draws the same bits from the same counters, so a dropout mask
+depends on (seed, position) alone and never on a tile size, and a sampled token on (seed, sequence,
+step) and never on its batch. `docs/dropout.md` is the written definition.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
@@ -17,7 +18,8 @@ _ROUNDS = 10
 _COUNTERS_AT_ONCE_CPU = 1 << 15  # half a dozen int64 temporaries of this many stay in cache
 _COUNTERS_AT_ONCE_GPU = 1 << 20  # few launches, and still only some 50 MB of temporaries
 
-_ROWS_STREAM, _ATTENTION_STREAM = 0, 1  # the counter's last word keeps the two kinds of mask apart
+# The counter's last word keeps the two kinds of mask and the draws of tokens apart.
+_ROWS_STREAM, _ATTENTION_STREAM, _SAMPLE_STREAM = 0, 1, 2
 
 
 def philox_words(
@@ -26,7 +28,7 @@ def philox_words(
     """Philox-4x32-10 of the counters (c0, c1, c2, c3) under the key (seed low, seed high).
 
     Args:
-        seed: 64 bits: an int in -2^63 ... 2^64 - 1 or a 0-dim int64 tensor.
+        seed: 64 bits: an int in -2^63 ... 2^64 - 1 or an int64 tensor, 0-dim or broadcasting too.
         c0: int64, values in 0 ... 2^32 - 1; c0 to c3 broadcast against each other.
         c1: see c0.
         c2: see c0.
@@ -100,6 +102,23 @@ def keep_attention(
     bh, query = _indices(batch_heads, device), _indices(queries, device)
     c1, c2 = query.repeat(len(bh)), bh.repeat_interleave(len(query))
     return _keep(seed, p, c1, c2, _ATTENTION_STREAM, keys).view(len(bh), len(query), keys)
+
+
+def sample_words(seeds: Tensor, sequences: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """The 64 bits that draw a token.
+
+    Args:
+        seeds: int64 [B], 64 bits each.
+        sequences: int64 [B], 64 bits each.
+        steps: int64 [B], of which the low 32 bits count.
+
+    Returns:
+        Two int64 [B] tensors: the high and the low 32 bits.
+    """
+    stream = torch.full_like(steps, _SAMPLE_STREAM)
+    c1, c2 = sequences & _MASK, (sequences >> 32) & _MASK
+    high, low, _, _ = philox_words(seeds, steps & _MASK, c1, c2, stream)
+    return high, low
 
 
 def _indices(count_or_indices: int | Tensor, device: torch.device | str | None) -> Tensor:

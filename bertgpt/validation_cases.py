@@ -131,6 +131,23 @@ def _paged_attention(make: _Maker) -> Iterator[Sample]:
             yield Sample("paged_attention", args, options)
 
 
+def _sample(make: _Maker) -> Iterator[Sample]:
+    for vocabulary in (13, 61, 1601):
+        rows = 48
+        which = torch.arange(rows)
+        settings = {
+            "temperature": torch.tensor([0.0, 0.7, 1.0, 1.6])[which % 4],
+            "top_k": torch.tensor([0, 0, 1, 5, 2000])[which % 5],
+            "top_p": torch.tensor([1.0, 0.95, 0.5])[which % 3],
+        }
+        seeds = {"seed": torch.tensor(11), "sequence_ids": which, "steps": torch.tensor(3)}
+        logits = make.randn(rows, vocabulary, scale=3.0)
+        yield Sample("sample", (logits,), {**settings, **seeds})
+        tied = logits.round().masked_fill(make.randint(0, 4, rows, vocabulary) == 0, -torch.inf)
+        tied[:, 0] = 0.0
+        yield Sample("sample", (tied,), {**settings, **seeds})
+
+
 _MAKERS: dict[str, Callable[[_Maker], Iterator[Sample]]] = {
     "attention": _attention,
     "linear_gelu": _linear_gelu,
@@ -138,6 +155,7 @@ _MAKERS: dict[str, Callable[[_Maker], Iterator[Sample]]] = {
     "add_layer_norm": _add_layer_norm,
     "paged_write": _paged_write,
     "paged_attention": _paged_attention,
+    "sample": _sample,
 }
 OPS = tuple(_MAKERS)
 

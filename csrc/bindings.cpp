@@ -6,6 +6,7 @@
 #include "linear_gelu.h"
 #include "paged_decode.h"
 #include "paged_write.h"
+#include "sample.h"
 #ifdef GPU_HOST
 #include "host/controls.h"
 #endif
@@ -75,6 +76,22 @@ void linear_gelu(Address x, Address w, Address b, Address y, int64_t x_stride, i
                      at<void>(stream));
 }
 
+void sample(Address logits, Address tokens, Address error_flag, Address temperature_at,
+            float temperature, Address top_p_at, float top_p, Address top_k_at, int64_t top_k,
+            Address seed_at, int64_t seed, Address sequence_at, int64_t sequence, Address step_at,
+            int64_t step, int64_t rows, int64_t row_stride, int vocabulary, int dtype,
+            Address stream) {
+  launch_sample({at<void>(logits), at<int64_t>(tokens), at<int>(error_flag),
+                 {at<float>(temperature_at), temperature},
+                 {at<float>(top_p_at), top_p},
+                 {at<int64_t>(top_k_at), top_k},
+                 {at<int64_t>(seed_at), seed},
+                 {at<int64_t>(sequence_at), sequence},
+                 {at<int64_t>(step_at), step},
+                 rows, row_stride, vocabulary, static_cast<Dtype>(dtype)},
+                at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(BERTGPT_MODULE, m) {
@@ -83,6 +100,7 @@ PYBIND11_MODULE(BERTGPT_MODULE, m) {
   m.def("paged_decode", paged_decode);
   m.def("add_layer_norm", add_layer_norm);
   m.def("linear_gelu", linear_gelu);
+  m.def("sample", sample);
   m.def("count_splits", count_splits);
   m.attr("MAX_SPLITS") = kMaxSplits;
   m.attr("MIN_SPLIT_KEYS") = kMinSplitKeys;

@@ -99,6 +99,22 @@ def linear(host, rows):
     assert (y == 73).all()
 
 
+def sample(host, vocabulary, **settings):
+    """Rows of odd lengths, so that they start at every offset from 16 bytes."""
+    rows = 9
+    logits = np.sin(np.arange(rows * vocabulary)).astype(np.float16).reshape(rows, vocabulary)
+    tokens = np.full(rows, -1, np.int64)
+    names = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 5, "sequence": 0, "step": 0}
+    values = {name: settings.get(name, usual) for name, usual in names.items()}
+    sequences = np.arange(rows)
+    at = {name: address(sequences) if name == "sequence" else 0 for name in names}
+    host.sample(
+        address(logits), address(tokens), 0, *(x for n in names for x in (at[n], values[n])), rows,
+        vocabulary, vocabulary, FLOAT16, 0,
+    )  # fmt: skip
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+
+
 def main():
     host = load(sys.argv[1])
     for seed in range(int(sys.argv[2])):
@@ -112,6 +128,9 @@ def main():
         norm(host, 2, 2048)
         linear(host, 1)
         linear(host, 5)
+        sample(host, 2101, top_k=40, top_p=0.9)
+        sample(host, 2101, temperature=0.0)
+        sample(host, 5)
     print("all paths ran")
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tolerance import assert_accurate
+from sampling import logits_of, settings_of
+from tolerance import assert_accurate, assert_bitwise
 
 from bertgpt import ops, reference
 from bertgpt.cuda import extension
@@ -38,3 +39,12 @@ def test_bad_indices_are_told_of_and_the_context_survives(decode):
     with pytest.raises(IndexError, match="page id in use lies outside the pool"):
         extension.raise_pending()
     assert torch.ones(3, device="cuda").sum().item() == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tokens_drawn_on_the_card_are_those_drawn_on_a_cpu(dtype):
+    logits, run = logits_of(64, 50257, dtype, holes=True), settings_of(64)
+    there = {name: value.cuda() for name, value in run.items()}
+    for backend in ("cuda", "torch"):
+        tokens = ops.sample(logits.cuda(), **there, backend=backend)
+        assert_bitwise(tokens.cpu(), ops.sample(logits, **run, backend="reference"))

@@ -3,7 +3,7 @@
 import pytest
 import test_paged_write as writes
 import torch
-from cases import banded_copy, poisoned_allocations
+from cases import banded_copy, poisoned_allocations, randn
 from host_engine import BUILD, builder, changed, lend, load, skip_unless_buildable
 from paged_batch import paged_batch
 from test_add_layer_norm import assert_both_accurate, inputs
@@ -83,6 +83,30 @@ def test_a_store_out_of_bounds_changes_a_band(plant):
         writes.check_write((*tensors[:2], *(f.view for f in fenced), tensors[4]), "cuda")
     with pytest.raises(AssertionError, match="written after the k_pages"):
         fenced[0].check("k_pages")
+
+
+def test_a_tie_too_many_is_a_token_too_high(plant):
+    plant("tie", "sample.cuh", "index <= last)", "index <= last + 1)", ("sample.cu",))
+    logits = torch.zeros(200, 61)
+    run = {"seed": 1, "sequence_ids": torch.arange(200), "steps": 0, "top_p": 0.25}
+    assert ops.sample(logits, **run).max() == 15
+    assert ops.sample(logits, **run, backend="cuda").max() == 16
+
+
+def test_a_histogram_read_too_early_gives_another_token(plant):
+    """A warp that runs ahead of the others finds their columns empty or not yet cleared."""
+    module = plant(
+        "no-barrier-sample", "sample.cuh",
+        "    });\n    __syncthreads();\n    for (int b = threadIdx.x / 32;",
+        "    });\n    for (int b = threadIdx.x / 32;", ("sample.cu",),
+    )  # fmt: skip
+    logits = randn(4, 2000)
+    run = {"seed": 1, "sequence_ids": torch.arange(4), "steps": 0, "top_k": 40, "top_p": 0.5}
+    expected, found = ops.sample(logits, **run), 0
+    for seed in range(20):
+        module.set_schedule(seed)
+        found += not torch.equal(ops.sample(logits, **run, backend="cuda"), expected)
+    assert found >= 18
 
 
 def test_divergent_barriers_are_an_exception_with_both_lines(plant):

@@ -66,6 +66,11 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
     ("reference/paged_attention", "causal=causal, window", "causal=False, window", "causal"),
     ("reference/paged_write", "= k[token]", "= k[token - 1]", "token"),
     ("reference/paged_write", "slot >= 0", "slot >= -1", "a skipped slot written"),
+    ("reference/sample", ".sum()) + 1]", ".sum())]", "top-p drops the last it needs"),
+    ("reference/sample", "order_V[top_k - 1]", "order_V[top_k]", "top-k off by one"),
+    ("reference/sample", "x_V < x_V[order", "x_V <= x_V[order", "the k-th dropped"),
+    ("reference/sample", "mass_V <= point", "mass_V < point - 2**38", "the token before"),
+    ("reference/sample", "high << 32 | low", "low << 32 | high", "the words exchanged"),
     ("portable/attention", "corner + (0 if", "corner + (1 if", "causal off by one"),
     ("portable/attention", "corner - self.left", "corner - self.left - 1", "left off by one"),
     ("portable/attention", "lengths_k=key_lengths)", "lengths_k=None)", "key lengths ignored"),
@@ -78,6 +83,10 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
     ("portable/paged_attention", "key > last_B1", "key > last_B1 + 1", "length off by one"),
     ("portable/paged_attention", "< last_B1 - left", "< last_B1 - left - 1", "left off by one"),
     ("portable/paged_write", "slot % page_size", "(slot + 1) % page_size", "offset"),
+    ("portable/sample", "(x_sorted_BV < x_sorted", "(x_sorted_BV <= x_sorted", "the k-th dropped"),
+    ("portable/sample", "mass_BV - weight_BV >=", "mass_BV >=", "top-p drops the last it needs"),
+    ("portable/sample", "where(greedy_B, drawn_B)", "where(~greedy_B, drawn_B)", "greedy"),
+    ("portable/sample", "seed_B, sequence_B, step_B))", "seed_B, step_B, sequence_B))", "words"),
 )
 
 KERNELS: tuple[tuple[str, str, str, str], ...] = (

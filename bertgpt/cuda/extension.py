@@ -23,7 +23,10 @@ _MEANINGS = {  # of the bits in csrc/device/error_flag.cuh
     2: "a length is negative, shorter than the shared prefix, or longer than its row of the page "
     "table (it was clamped)",
     4: "a slot lies past the last page (its token was skipped)",
+    8: "a row of logits holds NaN, +inf or nothing but -inf (its token is -1)",
+    16: "a temperature, top_k or top_p is out of its range (its row's token is -1)",
 }
+_INDEX_BITS = 1 | 2 | 4
 
 
 @cache
@@ -75,7 +78,7 @@ def stream_of(device: torch.device) -> int:
 
 
 def error_flag(device: torch.device) -> int:
-    """The address of the word on `device` in which kernels tell of indices they skipped."""
+    """The address of the word on `device` in which kernels tell of what they skipped."""
     flag = _FLAGS.get(device)
     if flag is None:
         flag = _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -83,7 +86,7 @@ def error_flag(device: torch.device) -> int:
 
 
 def raise_pending() -> None:
-    """Raises what kernels found wrong in index tensors since the last call.
+    """Raises what kernels found wrong in tensors since the last call.
 
     To be called where the host waits for a device anyway: it reads the flag of each device on which
     a kernel that has one ran, and where there is none it does nothing.
@@ -91,13 +94,15 @@ def raise_pending() -> None:
     Raises:
         IndexError: A page id, slot or length was out of range. Nothing outside the tensors was
             read or written, and the device goes on working.
+        ValueError: Logits or settings that no token can be drawn by, and no bad index beside them.
     """
     for device, flag in _FLAGS.items():
         bits = int(flag)
         if bits:
             flag.zero_()
             found = "; ".join(text for bit, text in _MEANINGS.items() if bits & bit)
-            raise IndexError(f"on {device}: {found}")
+            error = IndexError if bits & _INDEX_BITS else ValueError
+            raise error(f"on {device}: {found}")
 
 
 def misaligned(tensor: Tensor) -> bool:

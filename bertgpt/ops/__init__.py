@@ -8,6 +8,7 @@ from bertgpt.ops.gelu_ffn import gelu_ffn
 from bertgpt.ops.linear_gelu import linear_gelu
 from bertgpt.ops.paged_attention import paged_attention
 from bertgpt.ops.paged_write import paged_write
+from bertgpt.ops.sample import sample
 
 __all__ = [
     "BackendUnavailable",
@@ -20,5 +21,6 @@ __all__ = [
     "paged_attention",
     "paged_write",
     "raise_pending",
+    "sample",
     "strict",
 ]

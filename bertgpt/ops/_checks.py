@@ -141,9 +141,14 @@ def as_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
         return seed
     if not isinstance(seed, int):
         raise TypeError(f"seed must be an int or a 0-dim int64 tensor, not {seed!r}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit 64 bits, not {seed}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+    return as_word("seed", seed)
+
+
+def as_word(name: str, value: int) -> Tensor:
+    """64 bits, signed or not, as a 0-dim int64 tensor."""
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must fit 64 bits, not {value}")
+    return torch.tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64)
 
 
 def autocasting(device_type: str) -> bool:

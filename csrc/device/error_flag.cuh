@@ -8,6 +8,8 @@ enum ErrorBit : int {
   kPageOutOfRange = 1,
   kLengthOutOfRange = 2,
   kSlotOutOfRange = 4,
+  kNothingToDraw = 8,
+  kSettingOutOfRange = 16,
 };
 
 GPU_DEVICE void raise_flag(int* flag, ErrorBit bit) {

@@ -111,6 +111,21 @@ inline T __ldg(const T* from) {
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
 }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+}
+inline float __fmul_rn(float a, float b) { return a * b; }  // x86-64 without FMA rounds each
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 
 inline float gpu_exp2(float x) { return exp2f(x); }
