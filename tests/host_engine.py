@@ -42,12 +42,12 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def plain() -> ModuleType:
-    """The kernels as they are; from BERTGPT_HOST_ENGINE where that names a build."""
+def plain(arch: int = 900) -> ModuleType:
+    """The kernels as they are on an architecture; from BERTGPT_HOST_ENGINE where that names one."""
     if path := os.environ.get(extension.HOST_ENGINE):
         return load(Path(path))
     skip_unless_buildable()
-    return load(builder().build_host(BUILD))
+    return load(builder().build_host(BUILD, arch=arch))
 
 
 def changed(name: str, file: str, old: str, new: str, units: tuple[str, ...], folder: Path):

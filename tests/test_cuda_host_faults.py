@@ -51,8 +51,8 @@ def test_a_missing_barrier_shows_as_nan_in_shared_memory(plant):
 
 def test_a_page_off_by_one_is_told_of(plant):
     plant(
-        "next-page", "paged_worker.cuh", "return first_entry + static_cast<int>",
-        "return first_entry + 1 + static_cast<int>", DECODE,
+        "next-page", "paged_worker.cuh", "load_index(table, rows.map.entry(key))",
+        "load_index(table, rows.map.entry(key) + 1)", DECODE,
     )  # fmt: skip
     batch = paged_batch((40, 9), head_dim=32)  # past a sequence's last page the table holds junk
     with pytest.raises(AssertionError, match="out: "):

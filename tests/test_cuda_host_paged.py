@@ -1,24 +1,24 @@
-"""The C++ kernels of `paged_write` and `paged_attention`, on the host engine."""
+"""The C++ kernel of `paged_attention` on the host engine: with bulk copies, and without."""
 
 from dataclasses import replace
 
 import pytest
-import test_paged_write as writes
 import torch
 from cases import KERNEL_DTYPES, banded_copy, poisoned, poisoned_allocations, randn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_batch import PagedBatch, paged_batch
 from test_paged_attention import check_problem
-from test_paged_write import problem as write_problem
-from test_paged_write import problems as write_problems
 from tolerance import assert_accurate, assert_bitwise
 
 from bertgpt import ops, reference
 from bertgpt.cuda import extension
 from bertgpt.cuda.paged_attention import HEAD_DIMS, paged_decode
 
-pytestmark = pytest.mark.usefixtures("host_engine")
+pytestmark = [
+    pytest.mark.usefixtures("host_engine"),
+    pytest.mark.parametrize("host_engine", [900, 800], indirect=True, ids=["sm_90", "sm_80"]),
+]
 CUDA = {"backend": "cuda"}
 ONCE = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 INF, NAN = float("inf"), float("nan")
@@ -224,45 +224,6 @@ def test_misaligned_rows_are_refused_in_words():
     shifted = torch.empty(batch.q.numel() + 1, dtype=torch.float16)[1:].view(batch.q.shape)
     with pytest.raises(ops.BackendUnavailable, match="rows of q do not start at multiples of 16"):
         ops.paged_attention(shifted.copy_(batch.q), *batch.args[1:], **CUDA)
-
-
-@given(tensors=write_problems(KERNEL_DTYPES), schedule=st.integers(0, 2**32))
-@settings(max_examples=60, **ONCE)
-def test_tokens_land_in_their_slots_and_nothing_else_changes(host_engine, tensors, schedule):
-    host_engine.set_schedule(schedule)
-    writes.check_write(tensors, "cuda")
-
-
-@pytest.mark.parametrize("head_dim", [64, 80, 6, 7])
-def test_rows_are_written_in_accesses_of_every_width(head_dim):
-    slots = torch.tensor([0, 11, -1, 5, 5, -12])
-    for dtype in KERNEL_DTYPES:
-        tensors = write_problem(slots, head_dim=head_dim, dtype=dtype)
-        fenced = [banded_copy(t) for t in tensors[2:4]]
-        writes.check_write((*tensors[:2], *(f.view for f in fenced), slots), "cuda")
-        for band in fenced:
-            band.check("pages")
-
-
-def test_of_tokens_with_one_slot_the_last_stays():
-    slots = torch.tensor([4, 7] * 200 + [4, -1, 7])
-    k, v, k_pages, v_pages, _ = tensors = write_problem(slots, head_dim=64)
-    ops.paged_write(*tensors, **CUDA)
-    for values, pages in ((k, k_pages), (v, v_pages)):
-        assert_bitwise(pages[1, :, 1], values[-3])
-        assert_bitwise(pages[2, :, 1], values[-1])
-
-
-def test_a_slot_past_the_last_page_is_skipped_and_told_of():
-    from bertgpt.cuda import paged_write
-
-    tensors = write_problem(torch.tensor([3, 12]), head_dim=8)
-    before = tensors[2].clone()
-    paged_write.paged_write(*tensors)
-    before[1, :, 0] = tensors[0][0]
-    assert_bitwise(tensors[2], before)
-    with pytest.raises(IndexError, match="slot lies past the last page"):
-        extension.raise_pending()
 
 
 def test_explain_names_it():

@@ -12,15 +12,15 @@ SMOKE = Path(__file__).resolve().parent / "host_smoke.py"
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
-def run(sanitizer, change=None):
-    """The smoke run's process under a sanitizer."""
+def run(sanitizer, change=None, arch=900):
+    """The smoke run's process under a sanitizer, with an architecture's code."""
     skip_unless_buildable()
     found = subprocess.run(
         ["g++", f"-print-file-name={LIBRARIES[sanitizer]}"], capture_output=True, text=True
     ).stdout.strip()
     if not Path(found).is_absolute():
         pytest.skip(f"g++ has no {LIBRARIES[sanitizer]}")
-    module = builder().build_host(BUILD, sanitizer, change)
+    module = builder().build_host(BUILD, sanitizer, change, arch)
     environment = {
         **os.environ,
         "LD_PRELOAD": found,
@@ -34,9 +34,10 @@ def run(sanitizer, change=None):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.parametrize("arch", [900, 800])
 @pytest.mark.parametrize("sanitizer", LIBRARIES)
-def test_nothing_is_found(sanitizer):
-    done = run(sanitizer)
+def test_nothing_is_found(sanitizer, arch):
+    done = run(sanitizer, arch=arch)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all paths ran" in done.stdout
     assert "Sanitizer" not in done.stderr

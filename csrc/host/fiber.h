@@ -73,6 +73,11 @@ class Fiber {
   // A fresh start at `entry`, which never returns.
   void prepare(void (*entry)()) {
     retire();
+#ifdef GPU_HOST_TSAN
+    // New memory, since threads that used the old one did not synchronise with this one.
+    free(stack_);
+    stack_ = nullptr;
+#endif
     if (stack_ == nullptr) stack_ = static_cast<char*>(aligned_alloc(64, kStackBytes));
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(stack_, kStackBytes);
