@@ -156,28 +156,25 @@ def build_host(
     return output
 
 
-def build_host_module(build: Path, source: Path, sanitizer: str = "plain") -> Path:
-    """Builds one file with kernels and their bindings for the host engine; for its own tests.
+def build_host_library(build: Path, source: Path, sanitizer: str = "plain") -> Path:
+    """Builds one file of kernels, without Python, for the host engine; for the engine's own tests.
 
     Args:
         build: Folder of objects, kept for the next time.
-        source: C++ with a pybind11 module named as its stem.
+        source: The file.
         sanitizer: As for `build_host`.
 
     Returns:
-        The extension module, to be loaded by path.
+        A shared library.
     """
-    import pybind11
-
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
     rules = {
         "engine": _host_engine(sanitizer),
-        "module": f"{_host_kernel(CSRC, _SANITIZERS[sanitizer], HOST_ARCHS[0])} {includes}",
+        "kernels": _host_kernel(CSRC, _SANITIZERS[sanitizer], HOST_ARCHS[0]),
         "link": _host_link(sanitizer),
     }
     name = f"{source.stem}-{sanitizer}"
-    sources = {f"{name}.o": ("module", source)} | _engine_sources(sanitizer)
-    output = build / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = {f"{name}.o": ("kernels", source)} | _engine_sources(sanitizer)
+    output = build / f"{name}.so"
     _ninja_run(build, f"{name}.ninja", rules, sources, output)
     return output
 

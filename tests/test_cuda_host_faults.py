@@ -71,6 +71,25 @@ def test_an_unmasked_tail_shows_the_nan_in_unused_slots(plant):
         check_problem((batch, {}), "cuda")
 
 
+def test_a_bulk_copy_past_the_last_key_is_an_exception(plant):
+    plant(
+        "past-end", "paged_ring.cuh", "rows.piece.new_key : rows.piece.hi;",
+        "rows.piece.new_key : rows.piece.hi + 1;", DECODE,
+    )  # fmt: skip
+    batch = paged_batch((45,), head_dim=32)
+    words = r"bulk copies up to paged_ring.cuh:\d+ bring \d+ bytes more"
+    with pytest.raises(RuntimeError, match=words):
+        ops.paged_attention(*batch.args, backend="cuda")
+
+
+def test_bulk_copies_that_may_overtake_stores_are_an_exception(plant):
+    """A block's second piece goes where the results of its first were."""
+    plant("no-fence", "paged_decode.cuh", "      ring.give_back();\n", "", DECODE)
+    batch = paged_batch((300,) * 12, head_dim=32)
+    with pytest.raises(RuntimeError, match=r"bulk copy at paged_ring.cuh:\d+ goes where threads"):
+        ops.paged_attention(*batch.args, backend="cuda")
+
+
 def test_a_store_out_of_bounds_changes_a_band(plant):
     plant(
         "row-after", "paged_write.cuh",

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import KERNEL_DTYPES, banded_copy, poisoned, poisoned_allocations, randn
+from host_engine import lend, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_batch import PagedBatch, paged_batch
@@ -13,7 +14,7 @@ from tolerance import assert_accurate, assert_bitwise
 
 from bertgpt import ops, reference
 from bertgpt.cuda import extension
-from bertgpt.cuda.paged_attention import HEAD_DIMS, paged_decode
+from bertgpt.cuda.paged_attention import HEAD_DIMS, paged_decode, unsupported
 
 pytestmark = [
     pytest.mark.usefixtures("host_engine"),
@@ -87,6 +88,17 @@ def test_bits_depend_on_the_sequence_alone(host_engine):
         row, row_lse = ops.paged_attention(*one.args, **run)
         assert_bitwise(row, out[batch.rows(b)], what=f"sequence {b} alone")
         assert_bitwise(row_lse, lse[:, batch.rows(b)], what=f"sequence {b} alone")
+
+
+def test_bits_do_not_depend_on_how_a_stage_is_filled(host_engine, monkeypatch):
+    batch = _spread(paged_batch((300, 37, 0, 129), heads=4, kv_heads=2, head_dim=80))
+    for problem in (batch, batch.repaged(16)):
+        out, lse = ops.paged_attention(*problem.args, return_lse=True, **CUDA)
+        for arch in (900, 800):
+            lend(plain(arch), monkeypatch)
+            again, again_lse = ops.paged_attention(*problem.args, return_lse=True, **CUDA)
+            assert_bitwise(again, out)
+            assert_bitwise(again_lse, lse)
 
 
 @pytest.mark.parametrize("which", ["q", "k_pages", "v_pages"])
@@ -173,10 +185,13 @@ def test_a_shared_prefix_is_read_for_several_sequences(prefix, group):
     extension.raise_pending()
 
 
-def test_a_window_and_a_prefix_exclude_each_other():
-    batch = paged_batch((20,), head_dim=32)
+def test_arguments_that_contradict_each_other_are_named():
+    batch = paged_batch((20,), page_size=8, head_dim=32)
+    assert batch.page_table.shape == (1, 4)
     with pytest.raises(ValueError, match="exclude each other"):
         paged_decode(*batch.args, window_left=3, prefix_keys=8)
+    with pytest.raises(ValueError, match="prefix_keys is 33, but the page table holds 32 keys"):
+        paged_decode(*batch.args, prefix_keys=33)
     with pytest.raises(ValueError, match="go together"):
         paged_decode(*batch.args, new_k=batch.q)
 
@@ -224,6 +239,56 @@ def test_misaligned_rows_are_refused_in_words():
     shifted = torch.empty(batch.q.numel() + 1, dtype=torch.float16)[1:].view(batch.q.shape)
     with pytest.raises(ops.BackendUnavailable, match="rows of q do not start at multiples of 16"):
         ops.paged_attention(shifted.copy_(batch.q), *batch.args[1:], **CUDA)
+
+
+def test_new_rows_that_cannot_be_read_are_named():
+    batch = paged_batch((20, 9), heads=2, kv_heads=2, head_dim=32)
+    rows = randn(2, 2, 32)
+    odd = torch.empty(rows.numel() + 1)[1:].view(rows.shape)
+    wrong = {
+        r"new_v must be \[B, K, D\] = .* not \(1, ": rows[:1],
+        "torch.float32 on cpu, not .* torch.float16": rows.half(),
+        "torch.float32 on cpu, not .* on meta": rows.to("meta"),
+        "new_v must have last stride 1": rows.mT.contiguous().mT,
+        "rows of new_v do not start at multiples of 16 bytes; copy it": odd,
+    }
+    for words, new_v in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            paged_decode(*batch.args, new_k=rows, new_v=new_v)
+
+
+@pytest.mark.parametrize("name", ["k_pages", "v_pages", "page_table", "lengths"])
+def test_tensors_on_another_device_are_named(name):
+    batch = paged_batch((20, 9), head_dim=32)
+    moved = replace(batch, **{name: getattr(batch, name).to("meta")})
+    with pytest.raises(ValueError, match=f"{name} is on meta but|v_pages is on cpu but k_pages"):
+        ops.paged_attention(*moved.args, **CUDA)
+
+
+def test_rows_whose_elements_lie_apart_are_copied():
+    batch = paged_batch((40, 9), head_dim=32)
+    apart = {n: torch.stack([t, t * NAN], -1)[..., 0] for n, t in _read(batch).items()}
+    check_problem((replace(batch, **apart), {}), "cuda")
+
+
+def _read(batch: PagedBatch) -> dict[str, torch.Tensor]:
+    return {name: getattr(batch, name) for name in ("q", "k_pages", "v_pages")}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"k_pages": (2**31, 1, 8, 32)}, "the pool has 2147483648 pages, above 2147483647"),
+        ({"page_table": (1, 2**24 + 1)}, "has room for 134217736 keys a sequence, above 134217728"),
+        ({"q": (2**20, 2**11, 32)}, "1048576 sequences of 2048 heads are above 2147483647 rows"),
+    ],
+)
+def test_sizes_past_its_counters_are_refused_in_words(shapes, words):
+    small = {"q": (1, 1, 32), "k_pages": (1, 1, 8, 32), "page_table": (1, 1)}
+    tensors = {n: torch.empty(s, device="meta") for n, s in {**small, **shapes}.items()}
+    call = {**tensors, "v_pages": tensors["k_pages"], "cu_seqlens_q": None}
+    assert words in unsupported(**call)
+    assert unsupported(**{**call, **{n: torch.empty(s) for n, s in small.items()}}) is None
 
 
 def test_explain_names_it():

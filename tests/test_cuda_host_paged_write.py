@@ -55,3 +55,34 @@ def test_a_slot_past_the_last_page_is_skipped_and_told_of():
     assert_bitwise(tensors[2], before)
     with pytest.raises(IndexError, match="slot lies past the last page"):
         extension.raise_pending()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pages", "words"),
+    [
+        (1, (2**28, 1, 8, 8), "the pool has 2147483648 slots, above 2147483647"),
+        (2**31, (1, 1, 8, 8), "2147483648 tokens are above 2147483647"),
+    ],
+)
+def test_sizes_past_its_counters_are_refused_in_words(tokens, pages, words):
+    from bertgpt.cuda.paged_write import unsupported
+
+    k = torch.empty(tokens, 1, 8, device="meta")
+    assert words in unsupported(k=k, k_pages=torch.empty(pages, device="meta"))
+    assert unsupported(k=k[:1], k_pages=torch.empty(2, 1, 8, 8)) is None
+
+
+@pytest.mark.parametrize("which", [1, 3, 4])
+def test_tensors_on_another_device_are_named(which):
+    tensors = list(write_problem(torch.tensor([3, 11]), head_dim=8))
+    tensors[which] = tensors[which].to("meta")
+    name = ("k", "v", "k_pages", "v_pages", "slots")[which]
+    with pytest.raises(ValueError, match=f"{name} is on meta but"):
+        ops.paged_write(*tensors, **CUDA)
+
+
+def test_pages_whose_elements_lie_apart_are_named():
+    k, v, k_pages, v_pages, slots = write_problem(torch.tensor([3, 11]), head_dim=8)
+    apart = k_pages.mT.contiguous().mT
+    with pytest.raises(ValueError, match="k_pages must have last stride 1"):
+        ops.paged_write(k, v, apart, v_pages, slots, **CUDA)

@@ -178,29 +178,28 @@ void run_warp(Warp& warp) {
   }
 }
 
-// Nothing can run, and not all has ended.
+// Nothing can run, and not all has ended: where threads wait, and for what.
 std::string describe_deadlock() {
-  std::string places;
-  std::string last;
-  std::string why;
+  std::vector<std::string> places;
   bool returned = engine.ended && !engine.grid.waiting.empty();
+  bool by_mbarrier = false;
   for (auto& block : engine.resident) {
     for (auto& thread : block->threads) {
       returned = returned || thread->state == State::kDone;
       if (thread->state != State::kWaiting) continue;
-      if (const Mbarrier* barrier = thread->waits_for; barrier != nullptr && why.empty()) {
-        why = " for an mbarrier that lacks " + std::to_string(barrier->pending) +
-              " arrivals and " + std::to_string(barrier->missing) + " bytes, expected at " +
-              text(barrier->expected_at);
+      std::string place = text(thread->waits_at);
+      if (const Mbarrier* barrier = thread->waits_for) {
+        by_mbarrier = true;
+        place += " for an mbarrier that lacks " + std::to_string(barrier->pending) +
+                 " arrivals and " + std::to_string(barrier->missing) + " bytes, expected at " +
+                 text(barrier->expected_at);
       }
-      if (text(thread->waits_at) == last) continue;
-      last = text(thread->waits_at);
-      if (places.find(last) == std::string::npos) places += (places.empty() ? "" : " and ") + last;
+      if (std::find(places.begin(), places.end(), place) == places.end()) places.push_back(place);
     }
   }
-  if (!why.empty()) return "threads wait at " + places + why;
-  return "divergent barriers: threads wait at " + places +
-         (returned ? " for threads that have returned" : "");
+  std::string all = by_mbarrier ? "threads wait at " : "divergent barriers: threads wait at ";
+  for (size_t i = 0; i < places.size(); ++i) all += (i > 0 ? " and at " : "") + places[i];
+  return all + (returned && !by_mbarrier ? " for threads that have returned" : "");
 }
 
 void end_block(size_t place) {
