@@ -82,7 +82,7 @@ def build_cuda(output: Path, build: Path) -> Path:
     nvcc = [
         "nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *_gencode(),
         f"-I{CSRC}", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-strict-aliasing",
-        "-cudart", "static",
+        "-cudart", "static", "-compress-mode=size",
     ]  # fmt: skip
     compile_cuda = "{ " + _join(nvcc) + " -MD -MF $out.d -c $in -o $out; } > $out.log 2>&1"
     rules = {

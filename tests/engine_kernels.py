@@ -54,9 +54,14 @@ def aligned(count: int):
     return room[start : start + count]
 
 
-if __name__ == "__main__":
-    for seed in range(int(sys.argv[4])):
-        y, expected, error = run(Path(sys.argv[1]), sys.argv[2], sys.argv[3], seed)
-        assert error is None, error
-        assert np.array_equal(y, expected), y
+def main(library: str, fault: str, schedules: str, *kernels: str) -> None:
+    for kernel in kernels:
+        for schedule in range(int(schedules)):
+            y, expected, error = run(Path(library), kernel, fault, schedule)
+            assert error is None, error
+            assert np.array_equal(y, expected), y
     print("ran")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -25,10 +25,13 @@ def test_what_is_right_runs(kernel):
         np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("kernel", engine_kernels.COUNTS)
+def run_script(sanitizer, fault, schedules, *kernels):
+    return under_sanitizer(sanitizer, SCRIPT, library(sanitizer), fault, schedules, *kernels)
+
+
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sanitizers_find_nothing_in_what_is_right(sanitizer, kernel):
-    done = under_sanitizer(sanitizer, SCRIPT, library(sanitizer), kernel, "none", 2)
+def test_sanitizers_find_nothing_in_what_is_right(sanitizer):
+    done = run_script(sanitizer, "none", 2, *engine_kernels.COUNTS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "ran\n"
     assert "Sanitizer" not in done.stderr
@@ -81,16 +84,14 @@ def test_misuse_is_an_exception_with_its_lines(kernel, fault, words):
     [("message", "plain store"), ("last_block", "no fence"), ("rotate", "no barrier")],
 )
 def test_what_orders_nothing_is_a_race_with_its_lines(kernel, fault):
-    done = under_sanitizer("thread", SCRIPT, library("thread"), kernel, fault, 1)
+    done = run_script("thread", fault, 1, kernel)
     assert done.returncode != 0
     assert "ThreadSanitizer: data race" in done.stderr
     assert "engine_kernels.cu:" in done.stderr
 
 
 def test_dynamic_shared_memory_is_as_long_as_the_launch_said():
-    done = under_sanitizer(
-        "address", SCRIPT, library("address"), "reverse", "too little memory", 1
-    )  # fmt: skip
+    done = run_script("address", "too little memory", 1, "reverse")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert "engine_kernels.cu:" in done.stderr
