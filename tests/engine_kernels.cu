@@ -59,7 +59,8 @@ GPU_KERNEL(64) pipeline_kernel(Args a) {
     gpu_mbarrier_init(empty + threadIdx.x, 32);
   }
   __syncthreads();
-  for (int tile = 0; tile < a.count / kStage; ++tile) {
+  const int tiles = a.count / kStage;
+  for (int tile = 0; tile < tiles; ++tile) {
     float* stage = stages + tile % 2 * kStage;
     const float* from = a.x + tile * kStage;
     if (threadIdx.x < 32) {
@@ -71,7 +72,8 @@ GPU_KERNEL(64) pipeline_kernel(Args a) {
       gpu_copy_bulk(stage, from + (a.fault == kMisaligned), bytes - (a.fault == kShortCopy ? 4 : 0),
                     full + tile % 2);
     } else {
-      if (a.fault != kNoWait) gpu_mbarrier_wait(full + tile % 2, tile / 2);
+      const bool last = tile == tiles - 1;
+      if (a.fault != kNoWait || !last) gpu_mbarrier_wait(full + tile % 2, tile / 2);
       for (int i = lane; i < kStage; i += 32) stage[i] *= 2.0f;  // in place, to need the fence
       for (int i = lane; i < kStage; i += 32) a.y[tile * kStage + i] = stage[i];
       if (a.fault != kNoFence) gpu_fence_bulk_copies();

@@ -36,7 +36,7 @@ def run(library: Path, kernel: str, fault: str, schedule: int):
     count = COUNTS[kernel]
     x = aligned(count)
     x[:] = np.arange(1, count + 1)
-    y, scratch = (np.full(count, np.nan, np.float32) for _ in range(2))
+    y, scratch = np.zeros(count, np.float32), np.full(count, np.nan, np.float32)
     words = np.zeros(2, np.int32)
     arrays = (x, y, scratch, words)
     args = Args(*(array.ctypes.data for array in arrays), count, FAULTS.index(fault))

@@ -119,6 +119,7 @@ void mbarrier_init(const void* barrier, int arrivals, Where where) {
 }
 
 void mbarrier_arrive(const void* barrier, int expected_bytes, Where where) {
+  pause();
   Mbarrier& mine = find(barrier, where);
   tsan_release(&mine.tsan_tag[mine.phase % 2]);
   const Unseen unseen;
@@ -134,6 +135,7 @@ void mbarrier_arrive(const void* barrier, int expected_bytes, Where where) {
 }
 
 void copy_bulk(const BulkCopy& copy, const void* barrier) {
+  pause();
   Mbarrier& mine = find(barrier, copy.where);
   check_aligned(copy.to, copy.where);
   check_aligned(copy.from, copy.where);
