@@ -126,8 +126,8 @@ GPU_DEVICE void gpu_mbarrier_wait(uint64_t* barrier, unsigned phase) {
 // addresses are multiples of 16.
 GPU_DEVICE void gpu_copy_bulk(void* to_shared, const void* from, int bytes, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          gpu_shared_address(to_shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1], %2, [%3];" ::"r"(gpu_shared_address(to_shared)),
       "l"(from), "r"(bytes), "r"(gpu_shared_address(barrier))
       : "memory");
 }

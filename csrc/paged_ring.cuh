@@ -14,8 +14,8 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStages = 4;  // steps whose copies are under way, one of them being used
 constexpr int kUnroll = 2;  // keys a lane takes in a step
-constexpr int kSide = kUnroll * 32;           // 16-byte places for a step's rows of K, or of V
-constexpr int kRing = kStages * 2 * kSide;    // those of a warp
+constexpr int kSide = kUnroll * 32;         // 16-byte places for a step's rows of K, or of V
+constexpr int kRing = kStages * 2 * kSide;  // those of a warp
 
 // A stretch of keys for a tile of rows. Row r is query head kv_head * G + r % G of sequence
 // seq + r / G: a sequence's own rows are G, those of a shared prefix B * G.
@@ -82,7 +82,7 @@ struct Stretch {
 // are there, in phases that go on from piece to piece.
 template <typename T, int kLanes>
 struct Ring {
-  uint4* places;      // of the warp
+  uint4* places;       // of the warp
   uint64_t* barriers;  // likewise, one a stage
   unsigned filled = 0;
 

@@ -54,10 +54,10 @@ struct Worker {
   const IndexArray table;
   const Rows<T> rows;
   const int chunk;
-  const bool active;   // some lanes have no part of a row: D = 80 and 96
-  int key;             // lane i sees to key i of the warp's stretch in the step to be copied next
-  int page = -1;       // where it is; -1: nowhere
-  unsigned live = 0;   // a bit for each key that this lane has under way: whether it counts
+  const bool active;  // some lanes have no part of a row: D = 80 and 96
+  int key;            // lane i sees to key i of the warp's stretch in the step to be copied next
+  int page = -1;      // where it is; -1: nowhere
+  unsigned live = 0;  // a bit for each key that this lane has under way: whether it counts
   float q[kHeads][kPer];
   SoftmaxState<kHeads, kPer> state;
 

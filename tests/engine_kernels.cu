@@ -1,5 +1,5 @@
-// A kernel for each primitive of gpu.cuh that the library's own kernels do not all use, and the ways
-// to get it wrong: test_cuda_host_engine.py plants one at a time and wants to see it found.
+// Kernels for the primitives of gpu.cuh, and ways to get each wrong: test_cuda_host_engine.py plants
+// one at a time and wants to see it found.
 #include <string>
 
 #include "gpu.cuh"
@@ -24,6 +24,7 @@ enum Fault {
   kWrongCount,
   kUnequalCounts,
   kPlainStore,
+  kRelaxedLoad,
   kSomeBlocks,
   kNotCooperative,
   kTooLittleMemory,
@@ -109,7 +110,10 @@ GPU_KERNEL(32) message_kernel(Args a) {
       gpu_store_release(a.words, 1);
     }
   } else {
-    while (i == 0 && gpu_load_acquire(a.words) == 0) {
+    const auto arrived = [&] {
+      return (a.fault == kRelaxedLoad ? atomicAdd(a.words, 0) : gpu_load_acquire(a.words)) != 0;
+    };
+    while (i == 0 && !arrived()) {
     }
     __syncthreads();
     a.y[i] = a.scratch[i];

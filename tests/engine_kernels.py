@@ -1,6 +1,6 @@
-"""Runs a kernel of engine_kernels.cu on the host engine; no torch, so that sanitizers take it too.
+"""Runs kernels of engine_kernels.cu on the host engine; no torch, so that sanitizers take it too.
 
-python tests/engine_kernels.py LIBRARY KERNEL FAULT SCHEDULES
+python tests/engine_kernels.py LIBRARY FAULT SCHEDULES KERNEL...
 """
 
 import ctypes
@@ -14,7 +14,8 @@ COUNTS = {"reverse": 64, "pipeline": 640, "handover": 32, "message": 64, "last_b
 FAULTS = (
     "none", "no barrier", "no wait", "no reuse wait", "too few bytes", "too many bytes",
     "short copy", "misaligned", "no arrive", "no init", "no fence", "wrong count",
-    "unequal counts", "plain store", "some blocks", "not cooperative", "too little memory",
+    "unequal counts", "plain store", "relaxed load", "some blocks", "not cooperative",
+    "too little memory",
 )  # fmt: skip
 
 

@@ -86,7 +86,12 @@ def test_misuse_is_an_exception_with_its_lines(kernel, fault, words):
 
 @pytest.mark.parametrize(
     ("kernel", "fault"),
-    [("message", "plain store"), ("last_block", "no fence"), ("rotate", "no barrier")],
+    [
+        ("message", "plain store"),
+        ("message", "relaxed load"),
+        ("last_block", "no fence"),
+        ("rotate", "no barrier"),
+    ],
 )
 def test_what_orders_nothing_is_a_race_with_its_lines(kernel, fault):
     done = run_script("thread", fault, 1, kernel)

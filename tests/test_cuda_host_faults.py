@@ -21,9 +21,9 @@ def plant(monkeypatch, tmp_path):
     """Makes backend "cuda" one with this alteration."""
     skip_unless_buildable()
 
-    def build(name, file, old, new, units):
+    def build(name, file, old, new, units, arch=900):
         change = changed(name, file, old, new, units, tmp_path)
-        module = load(builder().build_host(BUILD, change=change))
+        module = load(builder().build_host(BUILD, change=change, arch=arch))
         lend(module, monkeypatch)
         return module
 
@@ -88,6 +88,12 @@ def test_bulk_copies_that_may_overtake_stores_are_an_exception(plant):
     batch = paged_batch((300,) * 12, head_dim=32)
     with pytest.raises(RuntimeError, match=r"bulk copy at paged_ring.cuh:\d+ goes where threads"):
         ops.paged_attention(*batch.args, backend="cuda")
+
+
+def test_a_missing_wait_for_asynchronous_copies_shows_as_nan(plant):
+    plant("no-wait", "paged_ring.cuh", "    gpu_copies_wait<kStages - 1>();\n", "", DECODE, 800)
+    batch = paged_batch((45,), head_dim=32)
+    assert ops.paged_attention(*batch.args, backend="cuda").isnan().all()
 
 
 def test_a_store_out_of_bounds_changes_a_band(plant):
