@@ -29,6 +29,7 @@ from typing import Any
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
 DEFAULT_ARCHS = ("75", "80", "90a", "100")
+HOST_ARCHS = (900, 800)  # what GPU_ARCH may be on the host: with bulk copies, and without
 _SAME_TEMPLATES = ("paged_decode_float32.cu", "paged_decode_bfloat16.cu")
 RESOURCES = CSRC / "resources.txt"
 
@@ -84,7 +85,7 @@ def build_cuda(output: Path, build: Path) -> Path:
     nvcc = [
         "nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *_gencode(),
         f"-I{CSRC}", "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-strict-aliasing",
-        "-cudart", "static",
+        "-cudart", "static", "-compress-mode=size",
     ]  # fmt: skip
     compile_cuda = "{ " + _join(nvcc) + " -MD -MF $out.d -c $in -o $out; } > $out.log 2>&1"
     rules = {
@@ -114,7 +115,9 @@ class Change:
     units: tuple[str, ...]
 
 
-def build_host(build: Path, sanitizer: str = "plain", change: Change | None = None) -> Path:
+def build_host(
+    build: Path, sanitizer: str = "plain", change: Change | None = None, arch: int = HOST_ARCHS[0]
+) -> Path:
     """Builds the kernels for the host engine; for tests.
 
     Args:
@@ -122,6 +125,7 @@ def build_host(build: Path, sanitizer: str = "plain", change: Change | None = No
         sanitizer: "plain", "address" (with undefined behaviour) or "thread". For one element type
             of paged_decode alone: the others are the same templates, and take long to compile.
         change: What to build differently.
+        arch: One of HOST_ARCHS, as __CUDA_ARCH__ has it: which code of paged_decode is compiled.
 
     Returns:
         The extension module `_host`, to be loaded by path.
@@ -135,29 +139,51 @@ def build_host(build: Path, sanitizer: str = "plain", change: Change | None = No
         raise CannotBuild(reason)
     changed, units = (change.csrc, change.units) if change else (CSRC, ())
     rules = {"bindings": _bindings_command(["-O2", "-DBERTGPT_MODULE=_host", "-DGPU_HOST"])}
-    rules |= {f"kernel_{name}": _host_kernel(CSRC, flags) for name, flags in _SANITIZERS.items()}
-    rules |= {f"engine_{name}": _host_engine(name) for name in _SANITIZERS}
-    rules["changed"] = _host_kernel(changed, _SANITIZERS[sanitizer])
-    rules["link"] = f"g++ -shared {_join(_SANITIZERS[sanitizer])} $in -o $out"
-    sources = {
-        "bindings.o": ("bindings", CSRC / "bindings.cpp"),
-        f"engine.{sanitizer}.o": (f"engine_{sanitizer}", CSRC / "host/engine.cpp"),
-    }
+    for kind, flags in _SANITIZERS.items():
+        rules |= {f"kernel_{kind}_{a}": _host_kernel(CSRC, flags, a) for a in HOST_ARCHS}
+    rules["engine"] = _host_engine(sanitizer)
+    rules["changed"] = _host_kernel(changed, _SANITIZERS[sanitizer], arch)
+    rules["link"] = _host_link(sanitizer)
+    sources = {"bindings.o": ("bindings", CSRC / "bindings.cpp")} | _engine_sources(sanitizer)
     for name in _kernel_files():
         stem = Path(name).stem
         kind = "plain" if name in _SAME_TEMPLATES else sanitizer
+        code = arch if name.startswith("paged_decode_") else HOST_ARCHS[0]
         if name in units:
             sources[f"{stem}.{sanitizer}.{change.name}.o"] = ("changed", changed / name)
         else:
-            sources[f"{stem}.{kind}.o"] = (f"kernel_{kind}", CSRC / name)
-    variant = f"{sanitizer}-{change.name}" if change else sanitizer
+            sources[f"{stem}.{kind}.{code}.o"] = (f"kernel_{kind}_{code}", CSRC / name)
+    variant = f"{sanitizer}-{arch}-{change.name}" if change else f"{sanitizer}-{arch}"
     output = build / f"_host-{variant}{sysconfig.get_config_var('EXT_SUFFIX')}"
     _ninja_run(build, f"{variant}.ninja", rules, sources, output)
     return output
 
 
-def _host_kernel(csrc: Path, flags: list[str]) -> str:
-    includes = f"-I{csrc} -isystem {_toolkit_headers()} -DGPU_HOST"
+def build_host_library(build: Path, source: Path, sanitizer: str = "plain") -> Path:
+    """Builds one file of kernels, without Python, for the host engine; for the engine's own tests.
+
+    Args:
+        build: Folder of objects, kept for the next time.
+        source: The file.
+        sanitizer: As for `build_host`.
+
+    Returns:
+        A shared library.
+    """
+    rules = {
+        "engine": _host_engine(sanitizer),
+        "kernels": _host_kernel(CSRC, _SANITIZERS[sanitizer], HOST_ARCHS[0]),
+        "link": _host_link(sanitizer),
+    }
+    name = f"{source.stem}-{sanitizer}"
+    sources = {f"{name}.o": ("kernels", source)} | _engine_sources(sanitizer)
+    output = build / f"{name}.so"
+    _ninja_run(build, f"{name}.ninja", rules, sources, output)
+    return output
+
+
+def _host_kernel(csrc: Path, flags: list[str], arch: int) -> str:
+    includes = f"-I{csrc} -isystem {_toolkit_headers()} -DGPU_HOST -DGPU_ARCH={arch}"
     warn = "-Wall -Wextra -Werror -Wno-unknown-pragmas"
     command = f"g++ {_join(_COMMON)} {includes} {warn} {_join(flags)}"
     return f"{command} -MD -MF $out.d -x c++ -c $in -o $out"
@@ -166,7 +192,16 @@ def _host_kernel(csrc: Path, flags: list[str]) -> str:
 def _host_engine(sanitizer: str) -> str:
     # Races are looked for in kernels: the engine's own accesses would only hide them.
     flags = ["-O2", "-DGPU_HOST_TSAN"] if sanitizer == "thread" else _SANITIZERS[sanitizer]
-    return _host_kernel(CSRC, flags)
+    return _host_kernel(CSRC, flags, HOST_ARCHS[0])
+
+
+def _engine_sources(sanitizer: str) -> dict[str, tuple[str, Path]]:
+    files = sorted((CSRC / "host").glob("*.cpp"))
+    return {f"{path.stem}.{sanitizer}.o": ("engine", path) for path in files}
+
+
+def _host_link(sanitizer: str) -> str:
+    return f"g++ -shared {_join(_SANITIZERS[sanitizer])} $in -o $out"
 
 
 def resources(build: Path) -> str:

@@ -122,7 +122,8 @@ template <typename T, int kLanes, int kHeads>
 GPU_KERNEL(kThreads, blocks_per_multiprocessor(kHeads))
 paged_decode_kernel(GPU_CONSTANT PagedDecodeArgs a) {
   using Work = Worker<T, kLanes, kHeads>;
-  GPU_SHARED(uint4, rings, kWarps * Work::kRing);
+  GPU_SHARED(uint4, rings, kWarps * kRing);
+  GPU_SHARED(uint64_t, barriers, kWarps * kStages);
   GPU_SHARED(float, stats, kWarps * kHeads * 2);
   GPU_SHARED(int, ends, kThreads);
   GPU_SHARED(int, warp_sums, kWarps);
@@ -130,9 +131,10 @@ paged_decode_kernel(GPU_CONSTANT PagedDecodeArgs a) {
   const int tiles = a.kv_heads * ((group + kHeads - 1) / kHeads);
   const int prefix_tiles = a.kv_heads * ((a.batch * group + kHeads - 1) / kHeads);
 
+  Ring<T, kLanes> ring(rings, barriers);
+
   // Sequences are looked at kThreads at a time; before them, as one, the prefix.
-  int next = blockIdx.x;  // this block's next piece, counted from `base` once that is taken off
-  int base = 0;
+  int next = blockIdx.x;  // this block's next piece, counted from the first of these sequences
   for (int first = a.prefix_keys > 0 ? -kThreads : 0; first < a.batch; first += kThreads) {
     // 1. How many pieces each has.
     const int seq = first + static_cast<int>(threadIdx.x);
@@ -146,15 +148,15 @@ paged_decode_kernel(GPU_CONSTANT PagedDecodeArgs a) {
 
     // 2. Those that are this block's, one after the other.
     const int count = ends[kThreads - 1];
-    for (; next - base < count; next += gridDim.x) {
+    for (; next < count; next += gridDim.x) {
       int owner = 0;
       for (int half = kThreads / 2; half > 0; half /= 2) {
-        if (ends[owner + half - 1] <= next - base) owner += half;
+        if (ends[owner + half - 1] <= next) owner += half;
       }
-      const int index = next - base - (owner > 0 ? ends[owner - 1] : 0);
+      const int index = next - (owner > 0 ? ends[owner - 1] : 0);
       const Piece piece = piece_of<kHeads>(a, first < 0 ? -1 : first + owner, index);
       if (piece.new_key >= 0 && piece.first_row == 0) store_new<T>(a, piece);
-      Work work(a, piece, rings);
+      Work work(a, piece, ring);
       work.run();
 
       // 3. The warps' results meet in the rings, which all warps have to be done with.
@@ -178,9 +180,10 @@ paged_decode_kernel(GPU_CONSTANT PagedDecodeArgs a) {
       }
       __syncthreads();
       write_rows<T, kHeads>(a, piece, values, stats);
+      ring.give_back();
       __syncthreads();
     }
-    base += count;
+    next -= count;
     __syncthreads();
   }
 }

@@ -52,11 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def host_engine(monkeypatch: pytest.MonkeyPatch):
-    """The C++ kernels on the host engine: backend "cuda" takes CPU tensors; gives the module."""
+def host_engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+    """The C++ kernels on the host engine: backend "cuda" takes CPU tensors; gives the module.
+
+    A parameter names the architecture whose code is meant, as __CUDA_ARCH__ has it.
+    """
     import host_engine
 
-    module = host_engine.plain()
+    module = host_engine.plain(getattr(request, "param", 900))
     host_engine.lend(module, monkeypatch)
     return module
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from bertgpt.cuda import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "host"
+_LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
 @cache
@@ -42,12 +44,12 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def plain() -> ModuleType:
-    """The kernels as they are; from BERTGPT_HOST_ENGINE where that names a build."""
+def plain(arch: int = 900) -> ModuleType:
+    """The kernels as they are on an architecture; from BERTGPT_HOST_ENGINE where that names one."""
     if path := os.environ.get(extension.HOST_ENGINE):
         return load(Path(path))
     skip_unless_buildable()
-    return load(builder().build_host(BUILD))
+    return load(builder().build_host(BUILD, arch=arch))
 
 
 def changed(name: str, file: str, old: str, new: str, units: tuple[str, ...], folder: Path):
@@ -58,6 +60,25 @@ def changed(name: str, file: str, old: str, new: str, units: tuple[str, ...], fo
     assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
     (copy / file).write_text(text.replace(old, new))
     return builder().Change(name, copy, units)
+
+
+def under_sanitizer(name: str, *command: object) -> subprocess.CompletedProcess[str]:
+    """A script run by this Python with a sanitizer, "address" or "thread", loaded."""
+    found = subprocess.run(
+        ["g++", f"-print-file-name={_LIBRARIES[name]}"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip(f"g++ has no {_LIBRARIES[name]}")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": found,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "PYTHONMALLOC": "malloc",
+    }
+    # ThreadSanitizer wants its usual addresses free.
+    fixed = ["setarch", os.uname().machine, "-R", sys.executable, *map(str, command)]
+    return subprocess.run(fixed, capture_output=True, text=True, env=environment)
 
 
 def lend(module: ModuleType, patch: pytest.MonkeyPatch) -> None:

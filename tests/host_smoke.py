@@ -38,11 +38,13 @@ def write(host, slots):
     assert pages[0].sum() == written * heads * dim
 
 
-def decode(host, lengths, *, group, dim, window=-1, fused=False, prefix=0):
+def decode(host, lengths, *, group, dim, window=-1, fused=False, prefix=0, apart=False):
     batch, kv_heads, size = len(lengths), 2, 16
     width = -(-max(lengths) // size)
     shape = (batch * width + 1, kv_heads, size, dim)
     k, v = (np.ones(shape, np.float16) for _ in range(2))
+    if apart:  # slots of a head are not neighbours
+        k, v = (pages.swapaxes(1, 2).copy().swapaxes(1, 2) for pages in (k, v))
     q = np.ones((batch, kv_heads * group, dim), np.float16)
     table = (1 + np.arange(batch * width, dtype=np.int32)).reshape(batch, width)
     lens = np.array(lengths, np.int32)
@@ -59,10 +61,10 @@ def decode(host, lengths, *, group, dim, window=-1, fused=False, prefix=0):
             used = max(0, length - page * size)
             forbidden += [(table[b, page], head, used, size) for head in range(kv_heads)]
     bands = [
-        (address(pages[page, head]) + first * row, (last - first) * row)
+        (address(pages[page, head, slot]), row)
         for pages in (k, v)
         for page, head, first, last in forbidden
-        if last > first
+        for slot in range(first, last)
     ]
     for band in bands:
         host.poison(*band)
@@ -123,6 +125,7 @@ def main():
         decode(host, [300, 5, 0, 129], group=1, dim=64)
         decode(host, [150, 33], group=5, dim=80, window=40)
         decode(host, [40, 17], group=3, dim=32, fused=True)
+        decode(host, [70, 9], group=2, dim=64, apart=True)
         decode(host, [200, 160, 161], group=2, dim=32, prefix=160)
         norm(host, 5, 768, drop_below=2**31)
         norm(host, 2, 2048)

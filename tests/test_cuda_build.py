@@ -125,6 +125,23 @@ def test_the_extension_imports_without_a_driver_and_its_calls_name_the_driver(
 
 
 @pytest.mark.slow
+def test_the_primitives_become_the_instructions_they_stand_for(tmp_path):
+    if (reason := builder().missing()) is not None:
+        pytest.skip(reason)
+    source = ROOT / "tests" / "engine_kernels.cu"
+    command = ["nvcc", "-std=c++17", "-arch=sm_90a", f"-I{ROOT / 'csrc'}", "-ptx"]
+    subprocess.run([*command, str(source), "-o", str(tmp_path / "ptx")], check=True)
+    ptx = (tmp_path / "ptx").read_text()
+    for instruction in (
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+        "mbarrier.init", "mbarrier.arrive.expect_tx.release", "mbarrier.arrive.release",
+        "mbarrier.try_wait.parity.acquire", "fence.proxy.async.shared::cta", "bar.sync",
+        "ld.acquire.gpu.global.s32", "st.release.gpu.global.s32", ".extern .shared",
+    ):  # fmt: skip
+        assert instruction in ptx, instruction
+
+
+@pytest.mark.slow
 def test_the_table_is_what_the_compiler_says(tmp_path):
     if (reason := builder().missing()) is not None:
         pytest.skip(reason)

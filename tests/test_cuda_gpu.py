@@ -32,6 +32,27 @@ def test_decoding_is_accurate_on_the_card(decode):
     assert_accurate(out, oracle, reference.paged_attention(*decode))
 
 
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+@pytest.mark.parametrize("size", [8, 11, 64])
+@pytest.mark.parametrize("apart", [False, True])
+def test_pages_of_any_size_and_layout_are_read_to_the_last_key(head_dim, size, apart):
+    """Runs of keys end inside pages; past the last key there is NaN; slots may lie apart."""
+    pages = [torch.randn(PAGES, 2, size, head_dim, device="cuda").half() for _ in range(2)]
+    if apart:
+        pages = [p.transpose(1, 2).contiguous().transpose(1, 2) for p in pages]
+    q = torch.randn(2, HEADS, head_dim, device="cuda").half()
+    table = torch.randperm(PAGES, device="cuda").int().view(2, -1)
+    lengths = [size + 3, 9 * size - 1]
+    for row, length in enumerate(lengths):
+        for tensor in pages:
+            tensor[table[row, length // size].long(), :, length % size :] = float("nan")
+    call = (q, *pages, table, torch.tensor(lengths, device="cuda", dtype=torch.int32))
+    doubles = [t.double() for t in call[:3]]
+    oracle = reference.paged_attention(*doubles, *call[3:])
+    out = ops.paged_attention(*call, backend="cuda")
+    assert_accurate(out, oracle, reference.paged_attention(*call))
+
+
 def test_bad_indices_are_told_of_and_the_context_survives(decode):
     *_, table, _ = decode
     table[1, 3] = 10**6

@@ -21,9 +21,9 @@ def plant(monkeypatch, tmp_path):
     """Makes backend "cuda" one with this alteration."""
     skip_unless_buildable()
 
-    def build(name, file, old, new, units):
+    def build(name, file, old, new, units, arch=900):
         change = changed(name, file, old, new, units, tmp_path)
-        module = load(builder().build_host(BUILD, change=change))
+        module = load(builder().build_host(BUILD, change=change, arch=arch))
         lend(module, monkeypatch)
         return module
 
@@ -51,8 +51,8 @@ def test_a_missing_barrier_shows_as_nan_in_shared_memory(plant):
 
 def test_a_page_off_by_one_is_told_of(plant):
     plant(
-        "next-page", "paged_worker.cuh", "return first_entry + static_cast<int>",
-        "return first_entry + 1 + static_cast<int>", DECODE,
+        "next-page", "paged_worker.cuh", "load_index(table, rows.map.entry(key))",
+        "load_index(table, rows.map.entry(key) + 1)", DECODE,
     )  # fmt: skip
     batch = paged_batch((40, 9), head_dim=32)  # past a sequence's last page the table holds junk
     with pytest.raises(AssertionError, match="out: "):
@@ -69,6 +69,31 @@ def test_an_unmasked_tail_shows_the_nan_in_unused_slots(plant):
     batch = paged_batch((45,), head_dim=32)
     with poisoned_allocations(), pytest.raises(AssertionError, match="out: "):
         check_problem((batch, {}), "cuda")
+
+
+def test_a_bulk_copy_past_the_last_key_is_an_exception(plant):
+    plant(
+        "past-end", "paged_ring.cuh", "rows.piece.new_key : rows.piece.hi;",
+        "rows.piece.new_key : rows.piece.hi + 1;", DECODE,
+    )  # fmt: skip
+    batch = paged_batch((45,), head_dim=32)
+    words = r"bulk copies up to paged_ring.cuh:\d+ bring \d+ bytes more"
+    with pytest.raises(RuntimeError, match=words):
+        ops.paged_attention(*batch.args, backend="cuda")
+
+
+def test_bulk_copies_that_may_overtake_stores_are_an_exception(plant):
+    """A block's second piece goes where the results of its first were."""
+    plant("no-fence", "paged_decode.cuh", "      ring.give_back();\n", "", DECODE)
+    batch = paged_batch((300,) * 12, head_dim=32)
+    with pytest.raises(RuntimeError, match=r"bulk copy at paged_ring.cuh:\d+ goes where threads"):
+        ops.paged_attention(*batch.args, backend="cuda")
+
+
+def test_a_missing_wait_for_asynchronous_copies_shows_as_nan(plant):
+    plant("no-wait", "paged_ring.cuh", "    gpu_copies_wait<kStages - 1>();\n", "", DECODE, 800)
+    batch = paged_batch((45,), head_dim=32)
+    assert ops.paged_attention(*batch.args, backend="cuda").isnan().all()
 
 
 def test_a_store_out_of_bounds_changes_a_band(plant):

@@ -1,24 +1,25 @@
-"""The C++ kernels of `paged_write` and `paged_attention`, on the host engine."""
+"""The C++ kernel of `paged_attention` on the host engine: with bulk copies, and without."""
 
 from dataclasses import replace
 
 import pytest
-import test_paged_write as writes
 import torch
 from cases import KERNEL_DTYPES, banded_copy, poisoned, poisoned_allocations, randn
+from host_engine import lend, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_batch import PagedBatch, paged_batch
 from test_paged_attention import check_problem
-from test_paged_write import problem as write_problem
-from test_paged_write import problems as write_problems
 from tolerance import assert_accurate, assert_bitwise
 
 from bertgpt import ops, reference
 from bertgpt.cuda import extension
-from bertgpt.cuda.paged_attention import HEAD_DIMS, paged_decode
+from bertgpt.cuda.paged_attention import HEAD_DIMS, paged_decode, unsupported
 
-pytestmark = pytest.mark.usefixtures("host_engine")
+pytestmark = [
+    pytest.mark.usefixtures("host_engine"),
+    pytest.mark.parametrize("host_engine", [900, 800], indirect=True, ids=["sm_90", "sm_80"]),
+]
 CUDA = {"backend": "cuda"}
 ONCE = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 INF, NAN = float("inf"), float("nan")
@@ -87,6 +88,17 @@ def test_bits_depend_on_the_sequence_alone(host_engine):
         row, row_lse = ops.paged_attention(*one.args, **run)
         assert_bitwise(row, out[batch.rows(b)], what=f"sequence {b} alone")
         assert_bitwise(row_lse, lse[:, batch.rows(b)], what=f"sequence {b} alone")
+
+
+def test_bits_do_not_depend_on_how_a_stage_is_filled(host_engine, monkeypatch):
+    batch = _spread(paged_batch((300, 37, 0, 129), heads=4, kv_heads=2, head_dim=80))
+    for problem in (batch, batch.repaged(16)):
+        out, lse = ops.paged_attention(*problem.args, return_lse=True, **CUDA)
+        for arch in (900, 800):
+            lend(plain(arch), monkeypatch)
+            again, again_lse = ops.paged_attention(*problem.args, return_lse=True, **CUDA)
+            assert_bitwise(again, out)
+            assert_bitwise(again_lse, lse)
 
 
 @pytest.mark.parametrize("which", ["q", "k_pages", "v_pages"])
@@ -173,10 +185,13 @@ def test_a_shared_prefix_is_read_for_several_sequences(prefix, group):
     extension.raise_pending()
 
 
-def test_a_window_and_a_prefix_exclude_each_other():
-    batch = paged_batch((20,), head_dim=32)
+def test_arguments_that_contradict_each_other_are_named():
+    batch = paged_batch((20,), page_size=8, head_dim=32)
+    assert batch.page_table.shape == (1, 4)
     with pytest.raises(ValueError, match="exclude each other"):
         paged_decode(*batch.args, window_left=3, prefix_keys=8)
+    with pytest.raises(ValueError, match="prefix_keys is 33, but the page table holds 32 keys"):
+        paged_decode(*batch.args, prefix_keys=33)
     with pytest.raises(ValueError, match="go together"):
         paged_decode(*batch.args, new_k=batch.q)
 
@@ -226,43 +241,54 @@ def test_misaligned_rows_are_refused_in_words():
         ops.paged_attention(shifted.copy_(batch.q), *batch.args[1:], **CUDA)
 
 
-@given(tensors=write_problems(KERNEL_DTYPES), schedule=st.integers(0, 2**32))
-@settings(max_examples=60, **ONCE)
-def test_tokens_land_in_their_slots_and_nothing_else_changes(host_engine, tensors, schedule):
-    host_engine.set_schedule(schedule)
-    writes.check_write(tensors, "cuda")
+def test_new_rows_that_cannot_be_read_are_named():
+    batch = paged_batch((20, 9), heads=2, kv_heads=2, head_dim=32)
+    rows = randn(2, 2, 32)
+    odd = torch.empty(rows.numel() + 1)[1:].view(rows.shape)
+    wrong = {
+        r"new_v must be \[B, K, D\] = .* not \(1, ": rows[:1],
+        "torch.float32 on cpu, not .* torch.float16": rows.half(),
+        "torch.float32 on cpu, not .* on meta": rows.to("meta"),
+        "new_v must have last stride 1": rows.mT.contiguous().mT,
+        "rows of new_v do not start at multiples of 16 bytes; copy it": odd,
+    }
+    for words, new_v in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            paged_decode(*batch.args, new_k=rows, new_v=new_v)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 6, 7])
-def test_rows_are_written_in_accesses_of_every_width(head_dim):
-    slots = torch.tensor([0, 11, -1, 5, 5, -12])
-    for dtype in KERNEL_DTYPES:
-        tensors = write_problem(slots, head_dim=head_dim, dtype=dtype)
-        fenced = [banded_copy(t) for t in tensors[2:4]]
-        writes.check_write((*tensors[:2], *(f.view for f in fenced), slots), "cuda")
-        for band in fenced:
-            band.check("pages")
+@pytest.mark.parametrize("name", ["k_pages", "v_pages", "page_table", "lengths"])
+def test_tensors_on_another_device_are_named(name):
+    batch = paged_batch((20, 9), head_dim=32)
+    moved = replace(batch, **{name: getattr(batch, name).to("meta")})
+    with pytest.raises(ValueError, match=f"{name} is on meta but|v_pages is on cpu but k_pages"):
+        ops.paged_attention(*moved.args, **CUDA)
 
 
-def test_of_tokens_with_one_slot_the_last_stays():
-    slots = torch.tensor([4, 7] * 200 + [4, -1, 7])
-    k, v, k_pages, v_pages, _ = tensors = write_problem(slots, head_dim=64)
-    ops.paged_write(*tensors, **CUDA)
-    for values, pages in ((k, k_pages), (v, v_pages)):
-        assert_bitwise(pages[1, :, 1], values[-3])
-        assert_bitwise(pages[2, :, 1], values[-1])
+def test_rows_whose_elements_lie_apart_are_copied():
+    batch = paged_batch((40, 9), head_dim=32)
+    apart = {n: torch.stack([t, t * NAN], -1)[..., 0] for n, t in _read(batch).items()}
+    check_problem((replace(batch, **apart), {}), "cuda")
 
 
-def test_a_slot_past_the_last_page_is_skipped_and_told_of():
-    from bertgpt.cuda import paged_write
+def _read(batch: PagedBatch) -> dict[str, torch.Tensor]:
+    return {name: getattr(batch, name) for name in ("q", "k_pages", "v_pages")}
 
-    tensors = write_problem(torch.tensor([3, 12]), head_dim=8)
-    before = tensors[2].clone()
-    paged_write.paged_write(*tensors)
-    before[1, :, 0] = tensors[0][0]
-    assert_bitwise(tensors[2], before)
-    with pytest.raises(IndexError, match="slot lies past the last page"):
-        extension.raise_pending()
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"k_pages": (2**31, 1, 8, 32)}, "the pool has 2147483648 pages, above 2147483647"),
+        ({"page_table": (1, 2**24 + 1)}, "has room for 134217736 keys a sequence, above 134217728"),
+        ({"q": (2**20, 2**11, 32)}, "1048576 sequences of 2048 heads are above 2147483647 rows"),
+    ],
+)
+def test_sizes_past_its_counters_are_refused_in_words(shapes, words):
+    small = {"q": (1, 1, 32), "k_pages": (1, 1, 8, 32), "page_table": (1, 1)}
+    tensors = {n: torch.empty(s, device="meta") for n, s in {**small, **shapes}.items()}
+    call = {**tensors, "v_pages": tensors["k_pages"], "cu_seqlens_q": None}
+    assert words in unsupported(**call)
+    assert unsupported(**{**call, **{n: torch.empty(s) for n, s in small.items()}}) is None
 
 
 def test_explain_names_it():

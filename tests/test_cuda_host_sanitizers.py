@@ -1,42 +1,24 @@
 """The C++ kernels under AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from host_engine import BUILD, builder, changed, skip_unless_buildable
+from host_engine import BUILD, builder, changed, skip_unless_buildable, under_sanitizer
 
 SMOKE = Path(__file__).resolve().parent / "host_smoke.py"
-LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
-def run(sanitizer, change=None):
-    """The smoke run's process under a sanitizer."""
+def run(sanitizer, change=None, arch=900):
+    """The smoke run's process under a sanitizer, with an architecture's code."""
     skip_unless_buildable()
-    found = subprocess.run(
-        ["g++", f"-print-file-name={LIBRARIES[sanitizer]}"], capture_output=True, text=True
-    ).stdout.strip()
-    if not Path(found).is_absolute():
-        pytest.skip(f"g++ has no {LIBRARIES[sanitizer]}")
-    module = builder().build_host(BUILD, sanitizer, change)
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": found,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "TSAN_OPTIONS": "halt_on_error=1",
-        "PYTHONMALLOC": "malloc",
-    }
-    # ThreadSanitizer wants its usual addresses free.
-    script = [sys.executable, str(SMOKE), str(module), "2" if sanitizer == "address" else "1"]
-    command = ["setarch", os.uname().machine, "-R", *script]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    module = builder().build_host(BUILD, sanitizer, change, arch)
+    return under_sanitizer(sanitizer, SMOKE, module, 2 if sanitizer == "address" else 1)
 
 
-@pytest.mark.parametrize("sanitizer", LIBRARIES)
-def test_nothing_is_found(sanitizer):
-    done = run(sanitizer)
+@pytest.mark.parametrize("arch", [900, 800])
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_nothing_is_found(sanitizer, arch):
+    done = run(sanitizer, arch=arch)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all paths ran" in done.stdout
     assert "Sanitizer" not in done.stderr

@@ -30,11 +30,13 @@ def unsupported(
     tokens, heads, head_dim = q.shape
     if head_dim not in HEAD_DIMS:
         return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
-    page_size = k_pages.shape[2]
+    pages, _, page_size, _ = k_pages.shape
     if page_size not in PAGE_SIZES:
         return f"pages of {page_size} tokens are outside 8 … 256"
     if (keys := page_table.shape[1] * page_size) > MAX_KEYS:
         return f"the page table has room for {keys} keys a sequence, above {MAX_KEYS}"
+    if pages > MAX_ROWS:
+        return f"the pool has {pages} pages, above {MAX_ROWS}"
     if tokens * heads > MAX_ROWS:
         return f"{tokens} sequences of {heads} heads are above {MAX_ROWS} rows"
     return misaligned_names({"q": q, "k_pages": k_pages, "v_pages": v_pages})
@@ -98,17 +100,24 @@ def paged_decode(
         out like q, contiguous, and lse float32 [H, B] (natural log) or None.
 
     Raises:
-        ValueError: A window together with a shared prefix; one of new_k and new_v alone.
+        ValueError: A window together with a shared prefix, or one longer than the table; one of
+            new_k and new_v alone, or of another shape, dtype or device than they should have, or
+            with rows that do not start at multiples of 16 bytes.
         RuntimeError: The driver or the launch failed.
     """
-    if window_left >= 0 and prefix_keys > 0:
-        raise ValueError("a window and a shared prefix exclude each other")
-    if (new_k is None) != (new_v is None):
-        raise ValueError("new_k and new_v go together")
     (batch, heads, dim), (pages, kv_heads, page_size, _) = q.shape, k_pages.shape
     max_pages = page_table.shape[1]
-    kernels = extension()
     longest = max_pages * page_size
+    if window_left >= 0 and prefix_keys > 0:
+        raise ValueError("a window and a shared prefix exclude each other")
+    if not 0 <= prefix_keys <= longest:
+        raise ValueError(f"prefix_keys is {prefix_keys}, but the page table holds {longest} keys")
+    if (new_k is None) != (new_v is None):
+        raise ValueError("new_k and new_v go together")
+    for name, rows in (("new_k", new_k), ("new_v", new_v)):
+        if rows is not None:
+            _check_new(name, rows, q, kv_heads)
+    kernels = extension()
     window_left = -1 if window_left >= longest else window_left
     own = longest if window_left < 0 else min(longest, window_left + 1)
     splits = max(1, min(kernels.MAX_SPLITS, -(-own // kernels.MIN_SPLIT_KEYS)))
@@ -134,6 +143,19 @@ def paged_decode(
         stream_of(q.device),
     )  # fmt: skip
     return out, lse
+
+
+def _check_new(name: str, rows: Tensor, q: Tensor, kv_heads: int) -> None:
+    shape = (q.shape[0], kv_heads, q.shape[2])
+    if (rows.shape, rows.dtype, rows.device) != (shape, q.dtype, q.device):
+        raise ValueError(
+            f"{name} must be [B, K, D] = {shape}, {q.dtype} on {q.device}, not "
+            f"{tuple(rows.shape)}, {rows.dtype} on {rows.device}"
+        )
+    if rows.stride(-1) != 1:
+        raise ValueError(f"{name} must have last stride 1, not strides {rows.stride()}")
+    if (reason := misaligned_names({name: rows})) is not None:
+        raise ValueError(f"{reason}; copy it (.clone())")
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -16,6 +16,8 @@
 #define GPU_SHARED(type, name, count)                                            \
   type* const name = static_cast<type*>(                                         \
       gpu_host::shared_memory(sizeof(type) * (count), gpu_host::Where::current()))
+#define GPU_DYN_SHARED(type, name) \
+  type* const name = static_cast<type*>(gpu_host::dynamic_shared_memory())
 
 #define threadIdx (gpu_host::indices().thread)
 #define blockIdx (gpu_host::indices().block)
@@ -64,6 +66,10 @@ inline bool __any_sync(unsigned mask, bool vote, Where where = Where::current())
 inline int __syncthreads_or(int vote, Where where = Where::current()) {
   return gpu_host::block_or(vote != 0, where);
 }
+inline void gpu_named_barrier(int id, int threads, Where where = Where::current()) {
+  gpu_host::named_barrier(id, threads, where);
+}
+inline void gpu_grid_sync(Where where = Where::current()) { gpu_host::grid_barrier(where); }
 
 // Atomics let other threads go first now and then.
 inline int atomicOr(int* at, int bits) {
@@ -74,6 +80,16 @@ template <typename T>
 inline T atomicAdd(T* at, T by) {
   gpu_host::pause();
   return __atomic_fetch_add(at, by, __ATOMIC_RELAXED);
+}
+
+inline void __threadfence() { gpu_host::thread_fence(); }
+inline int gpu_load_acquire(const int* from) {
+  gpu_host::pause();
+  return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+}
+inline void gpu_store_release(int* to, int value) {
+  __atomic_store_n(to, value, __ATOMIC_RELEASE);
+  gpu_host::pause();
 }
 
 inline uint4 gpu_load16(const void* from, Where where = Where::current()) {
@@ -88,21 +104,45 @@ inline void gpu_store16(void* to, uint4 value, Where where = Where::current()) {
   *static_cast<uint4*>(to) = value;
 }
 
-inline void gpu_copy16_async(void* to_shared, const void* from, bool valid,
-                             Where where = Where::current()) {
+// Copies are performed at the wait that allows their use, in the waiting thread, where sanitizers
+// see each access and its line.
+inline void gpu_copy16_async(void* to_shared, const void* from, Where where = Where::current()) {
   gpu_host::check_aligned(to_shared, where);
-  if (valid) gpu_host::check_aligned(from, where);
-  gpu_host::copy_async(to_shared, valid ? from : nullptr);
+  gpu_host::check_aligned(from, where);
+  gpu_host::copy_async(to_shared, from);
 }
 inline void gpu_copies_commit() { gpu_host::copies_commit(); }
 template <int pending>
 inline void gpu_copies_wait() {
-  // Here, where sanitizers see each access and its line, the copies are performed.
   while (gpu_host::Copy* copy = gpu_host::copy_due(pending)) {
-    *static_cast<uint4*>(copy->to) =
-        copy->from == nullptr ? uint4{0, 0, 0, 0} : *static_cast<const uint4*>(copy->from);
+    *static_cast<uint4*>(copy->to) = *static_cast<const uint4*>(copy->from);
   }
 }
+
+inline void gpu_mbarrier_init(uint64_t* barrier, int arrivals, Where where = Where::current()) {
+  gpu_host::mbarrier_init(barrier, arrivals, where);
+}
+inline void gpu_mbarrier_arrive(uint64_t* barrier, Where where = Where::current()) {
+  gpu_host::mbarrier_arrive(barrier, 0, where);
+}
+inline void gpu_mbarrier_arrive_expect(uint64_t* barrier, int bytes,
+                                       Where where = Where::current()) {
+  gpu_host::mbarrier_arrive(barrier, bytes, where);
+}
+inline void gpu_copy_bulk(void* to_shared, const void* from, int bytes, uint64_t* barrier,
+                          Where where = Where::current()) {
+  gpu_host::copy_bulk({to_shared, from, bytes, where}, barrier);
+}
+inline void gpu_mbarrier_wait(uint64_t* barrier, unsigned phase, Where where = Where::current()) {
+  gpu_host::mbarrier_wait(barrier, phase, where);
+  while (gpu_host::BulkCopy* copy = gpu_host::bulk_copy_due(barrier)) {
+    for (int i = 0; i < copy->bytes / 16; ++i) {
+      static_cast<uint4*>(copy->to)[i] = static_cast<const uint4*>(copy->from)[i];
+    }
+    gpu_host::bulk_copy_done(barrier, *copy);
+  }
+}
+inline void gpu_fence_bulk_copies() { gpu_host::fence_bulk_copies(); }
 
 template <typename T>
 inline T __ldg(const T* from) {
@@ -126,6 +166,7 @@ inline float __uint_as_float(unsigned bits) {
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int min(int a, int b) { return a < b ? a : b; }
 
 inline float gpu_exp2(float x) { return exp2f(x); }
@@ -136,7 +177,7 @@ inline float gpu_sqrt(float x) { return sqrtf(x); }
 inline int gpu_multiprocessors() { return 2; }  // few blocks: each takes several pieces of work
 
 template <typename... Parameters, typename... Arguments>
-void gpu_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* /*stream*/,
-                Arguments... arguments) {
-  gpu_host::launch(blocks, threads, [&] { kernel(arguments...); });
+void gpu_launch(const GpuLaunch& how, void (*kernel)(Parameters...), Arguments... arguments) {
+  gpu_host::launch({how.blocks, how.threads, how.shared_bytes, how.cooperative},
+                   [&] { kernel(arguments...); });
 }

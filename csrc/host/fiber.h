@@ -74,7 +74,7 @@ class Fiber {
   void prepare(void (*entry)()) {
     retire();
 #ifdef GPU_HOST_TSAN
-    // A stack that another block's thread had is no shared memory: new memory has no history.
+    // New memory, since threads that used the old one did not synchronise with this one.
     free(stack_);
     stack_ = nullptr;
 #endif
