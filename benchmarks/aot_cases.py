@@ -189,7 +189,7 @@ def _linear_cross_entropy(
     from bertgpt.kernels.linear_cross_entropy import row_losses
     from bertgpt.kernels.linear_cross_entropy_backward import row_losses_backward
 
-    tokens, vocabulary = 8192, 30522
+    tokens = vocabulary = 2048  # one slab of the backward pass
     parameter = partial(_meta, dtype=weight_dtype or dtype)
     call = {
         "hidden": _meta(tokens, width, dtype=dtype),
@@ -221,7 +221,7 @@ def _linear_cross_entropy_cases() -> Iterator[Case]:
             yield Case(op, name, call, matrix)
         for width in (768, 1001):
             call = partial(_linear_cross_entropy, backward=backward, width=width, dtype=FP32)
-            yield Case(op, f"{width} tf32", partial(_with_tf32, call), NARROW_MMA)
+            yield Case(op, f"{width} tf32", partial(_with_tf32, call), WIDE_MMA)
 
 
 def _add_layer_norm(
@@ -363,10 +363,13 @@ def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _linear_cross_entropy_domain(capability: int) -> Iterator[tuple[Any, ...]]:
-    for (dtype_bytes, ieee), aligned in product(
-        ((2, False), (4, False), (4, True)), (False, True)
-    ):
+    for (dtype_bytes, ieee), aligned in product(((2, False), (4, False), (4, True)), (False, True)):
         yield capability, dtype_bytes, ieee, aligned
+
+
+def _linear_cross_entropy_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for arguments, adds in product(_linear_cross_entropy_domain(capability), (False, True)):
+        yield *arguments, adds
 
 
 def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:
@@ -389,7 +392,7 @@ DOMAINS: dict[str, Callable[[int], Iterator[tuple[Any, ...]]]] = {
     "attention": _attention_domain,
     "linear_gelu": _linear_gelu_domain,
     "linear_cross_entropy": _linear_cross_entropy_domain,
-    "linear_cross_entropy_backward": _linear_cross_entropy_domain,
+    "linear_cross_entropy_backward": _linear_cross_entropy_backward_domain,
     "add_layer_norm": _add_layer_norm_domain,
     "paged_write": _paged_write_domain,
     "paged_attention": _paged_attention_domain,

@@ -47,7 +47,9 @@ class Config:
     group_m: int = 32
 
 
-def pick_config(capability: int, itemsize: int, ieee: bool, aligned: bool) -> Config:
+def pick_config(
+    capability: int, itemsize: int, ieee: bool, aligned: bool, adds: bool = False
+) -> Config:
     """The tile, whatever the number of rows: another could sum a row in another order.
 
     Args:
@@ -55,20 +57,30 @@ def pick_config(capability: int, itemsize: int, ieee: bool, aligned: bool) -> Co
         itemsize: bytes of an input element, 2 or 4.
         ieee: float32 products on FMA units, not as tf32 on tensor cores.
         aligned: sizes, strides and addresses are multiples of 16, so that loads are 16 bytes wide.
+        adds: a product of the backward pass, added to its part of a gradient: such a part has few
+            tiles, so they are narrower, and reading what is there costs registers.
     """
-    if ieee:
-        return Config(64, 64, 16, num_warps=4, num_stages=3)
-    if not aligned:
-        return Config(64, 64, 32, num_warps=4, num_stages=2)
+    if ieee or not aligned:  # an address, or a float32 product, for each element costs registers
+        return Config(64, 64, 16, num_warps=4, num_stages=2)
     block_k = 128 // itemsize  # a row of the tile is one 128-byte line
-    if capability >= 120:
+    if adds or capability >= 120:
         return Config(128, 64, block_k, num_warps=4, num_stages=3)
-    return Config(128, 128, block_k, num_warps=8, num_stages=3)
+    # 128 registers and 96 KB let two programs share an SM of sm_90: one's exponentials run under
+    # the other's product.
+    max_registers = 128 if 90 <= capability < 100 else None
+    return Config(128, 128, block_k, num_warps=8, num_stages=3, max_registers=max_registers)
 
 
 def unsupported(**call: Any) -> str | None:
     """Nothing beyond what no Triton kernel here does."""
     return None
+
+
+@triton.jit
+def column_of(label, first, V):
+    """The label's column among V tokens from `first` on, int32; −1 where it is not among them."""
+    column = label.to(tl.int64) - first
+    return tl.where((column >= 0) & (column < V), column, -1).to(tl.int32)
 
 
 @triton.jit
@@ -87,7 +99,7 @@ def _linear_cross_entropy_kernel(
         return
     place = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.load(order_ptr + tl.minimum(place, count - 1))  # [BLOCK_M], int64
-    label = tl.load(label_ptr + rows).to(tl.int64) - first
+    label = column_of(tl.load(label_ptr + rows), first, V)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows[:, None] * stride_xt + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
 
@@ -95,27 +107,34 @@ def _linear_cross_entropy_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     score = tl.zeros([BLOCK_M], dtype=tl.float32)
-    stop = tl.minimum(V, (split + 1) * SPLIT)
-    for start in range(split * SPLIT, stop, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        w_ptrs = w_ptr + tl.minimum(cols, V - 1)[None, :] * stride_wv + offs_k[:, None]
+    begin = split.to(tl.int32) * SPLIT
+    stop = tl.minimum(V, begin + SPLIT)
+    for start in range(begin, stop, BLOCK_N):
+        tokens = tl.minimum(start + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
+        w_ptrs = w_ptr + tokens[None, :] * stride_wv + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
         z = product_tile(
-            x_ptrs, w_ptrs, E, 1, 1, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-        )  # [BLOCK_M, BLOCK_N]
-        if HAS_BIAS:
-            z += tl.load(b_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-        z = tl.where(cols[None, :] < V, z, float("-inf"))
-        score += tl.sum(tl.where(cols[None, :] == label[:, None], z, 0.0), 1)
-        m_new = tl.maximum(m_i, tl.max(z, 1))
-        shift = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)  # inf - inf is NaN
-        p = tl.exp2((z - shift[:, None]) * LOG2E)
-        l_i = l_i * tl.exp2((m_i - shift) * LOG2E) + tl.sum(p, 1)
-        m_i = m_new
+            x_ptrs, w_ptrs, None, E, 1, 1, not EVEN_K, not EVEN_K, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        # Half a tile at a time, which halves the registers of the exponentials.
+        left, right = z.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            z = left if half == 0 else right  # [BLOCK_M, BLOCK_N / 2]
+            cols = start + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            if HAS_BIAS:
+                z += tl.load(b_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+            z = tl.where(cols[None, :] < V, z, float("-inf"))
+            score += tl.sum(tl.where(cols[None, :] == label[:, None], z, 0.0), 1)
+            m_new = tl.maximum(m_i, tl.max(z, 1))
+            shift = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)  # inf - inf is NaN
+            p = tl.exp2((z - shift[:, None]) * LOG2E)
+            l_i = l_i * tl.exp2((m_i - shift) * LOG2E) + tl.sum(p, 1)
+            m_i = m_new
 
     # 3. This run's log-sum-exp, and the label's score where the label lies in it.
     shift = tl.where(tl.abs(m_i) == float("inf"), 0.0, m_i)
     tl.store(lse_ptr + split * T + place, shift + tl.log(l_i), mask=place < count)
-    inside = (label >= split * SPLIT) & (label < stop) & (place < count)
+    inside = (label >= begin) & (label < stop) & (place < count)
     tl.store(score_ptr + place, score, mask=inside)
 
 
@@ -187,12 +206,12 @@ def products_are_ieee(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
-def config_for(pick: Any, x: Tensor, w: Tensor) -> Config:
-    """What `pick`, a `pick_config`, answers for these operands."""
+def config_for(pick: Any, x: Tensor, w: Tensor, *, adds: bool = False) -> Config:
+    """What `pick`, a `pick_config`, answers for operands of these widths, strides and addresses."""
     places = (x.shape[1], x.stride(0), w.stride(0), x.data_ptr(), w.data_ptr())
     aligned = all(place % 16 == 0 for place in places)
     config: Config = pick(
-        compute_capability(), x.dtype.itemsize, products_are_ieee(x.dtype), aligned
+        compute_capability(), x.dtype.itemsize, products_are_ieee(x.dtype), aligned, adds
     )
     return config
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from bertgpt.kernels.layout import as_rows
 from bertgpt.kernels.linear_cross_entropy import (
     Config,
+    column_of,
     config_for,
     labelled_first,
     pick_config,
@@ -81,16 +82,15 @@ def _score_gradient_kernel(
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # 1. Which tile of δ. Rows past the last that counts are garbage here and read by nobody.
+    # 1. Which tile of δ. Tiles past the last row that counts stay as they are: nobody reads them.
     count = tl.minimum(tl.load(count_ptr) - first_row, T)
-    pid_m, pid_n = grouped_tile(
-        tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(V, BLOCK_N), GROUP_M
-    )
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums_ptrs = sums_ptr + pid_m * stride_sums + cols  # [row tiles, V]
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(V, BLOCK_N), GROUP_M)
+    begin = pid_n.to(tl.int32) * BLOCK_N
+    cols = begin + tl.arange(0, BLOCK_N)
     if pid_m * BLOCK_M >= count:
         if HAS_BIAS:
-            tl.store(sums_ptrs, tl.zeros([BLOCK_N], dtype=tl.float32), mask=cols < V)
+            zeros = tl.zeros([BLOCK_N], dtype=tl.float32)
+            tl.store(sums_ptr + pid_m * stride_sums + cols, zeros, mask=cols < V)
         return
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     counts = rows < count
@@ -99,25 +99,28 @@ def _score_gradient_kernel(
     # 2. The scores again.
     z = product_tile(
         x_ptr + tl.minimum(rows, T - 1)[:, None] * E + offs_k[None, :],
-        w_ptr + tl.minimum(cols, V - 1)[None, :] * stride_wv + offs_k[:, None],
-        E, 1, 1, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        w_ptr + tl.minimum(cols, V - 1).to(tl.int64)[None, :] * stride_wv + offs_k[:, None],
+        None, E, 1, 1, not EVEN_K, not EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if HAS_BIAS:
-        z += tl.load(b_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
 
-    # 3. δ = g (p − one-hot), rounded once; its column sums before that.
-    label = tl.load(label_ptr + rows, mask=counts, other=-1).to(tl.int64) - first
+    # 3. δ = g (p − one-hot), rounded once, its column sums before that; half a tile at a time. Past
+    #    V it is 0, so that whole tiles can be read.
+    label = column_of(tl.load(label_ptr + rows, mask=counts, other=-1), first, V)
     lse = tl.load(lse_ptr + rows, mask=counts, other=0.0)
     grad = tl.load(grad_ptr + rows, mask=counts, other=0.0)
-    p = tl.exp2((z - lse[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
-    delta = tl.where(cols[None, :] == label[:, None], p - 1.0, p) * grad[:, None]
-    if HAS_BIAS:
-        tl.store(sums_ptrs, tl.sum(tl.where(counts[:, None], delta, 0.0), 0), mask=cols < V)
-    tl.store(
-        delta_ptr + rows[:, None] * stride_delta + cols[None, :],
-        delta.to(delta_ptr.dtype.element_ty),
-        mask=counts[:, None] & (cols < V)[None, :],
-    )
+    left, right = z.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    for half in tl.static_range(2):
+        z = left if half == 0 else right  # [BLOCK_M, BLOCK_N / 2]
+        cols = begin + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        if HAS_BIAS:
+            z += tl.load(b_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+        p = tl.exp2((z - lse[:, None]) * LOG2E)
+        delta = tl.where(cols[None, :] == label[:, None], p - 1.0, p) * grad[:, None]
+        delta = tl.where(counts[:, None] & (cols < V)[None, :], delta, 0.0)
+        if HAS_BIAS:
+            tl.store(sums_ptr + pid_m * stride_sums + cols, tl.sum(delta, 0), mask=cols < V)
+        delta_ptrs = delta_ptr + rows[:, None] * stride_delta + cols[None, :]
+        tl.store(delta_ptrs, delta.to(delta_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -125,13 +128,11 @@ def _add_product_kernel(
     a_ptr, b_ptr, out_ptr, scale_ptr, count_ptr,
     first_row, M, N, K,
     stride_am, stride_ak, stride_bk, stride_om,
-    ROWS_ARE_K: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    ROWS_ARE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # 1. Which tile of out [M, N]. Only rows of the batch that count take part, as M or as K.
-    pid_m, pid_n = grouped_tile(
-        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
-    )
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     count = tl.maximum(tl.load(count_ptr) - first_row, 0)
     if ROWS_ARE_K:
         K = tl.minimum(K, count)
@@ -140,21 +141,28 @@ def _add_product_kernel(
     if (pid_m * BLOCK_M >= M) | (K <= 0):
         return
 
-    # 2. The product of a [M, K] and b [K, N].
+    # 2. The product of a [M, K], which is δ or its transpose in whole tiles, and b [K, N]. δ's rows
+    #    that do not count are not read along K; along M they end in rows that are not stored.
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = pid_n.to(tl.int32) * BLOCK_N
+    cols = begin + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = product_tile(
-        a_ptr + tl.minimum(rows, M - 1)[:, None] * stride_am + offs_k[None, :] * stride_ak,
-        b_ptr + offs_k[:, None] * stride_bk + tl.minimum(cols, N - 1)[None, :],
-        K, stride_ak, stride_bk, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        a_ptr + rows[:, None] * stride_am + offs_k[None, :] * stride_ak,
+        b_ptr + offs_k[:, None] * stride_bk + cols[None, :],
+        cols < N, K, stride_ak, stride_bk, ROWS_ARE_K, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
-    # 3. Added to what is there, in float32, and rounded to out's dtype.
-    out_ptrs = out_ptr + rows[:, None] * stride_om + cols[None, :]  # [BLOCK_M, BLOCK_N]
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    out = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32) + acc * tl.load(scale_ptr)
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    # 3. Added to what is there, in float32, and rounded to out's dtype; half a tile at a time.
+    scale = tl.load(scale_ptr)
+    left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    for half in tl.static_range(2):
+        cols = begin + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        out_ptrs = out_ptr + rows[:, None] * stride_om + cols[None, :]  # [BLOCK_M, BLOCK_N / 2]
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        out = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        out += (left if half == 0 else right) * scale
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def row_losses_backward(
@@ -249,16 +257,15 @@ def _add_product(
     count: Tensor,
     rows_are_k: bool,
 ) -> None:
-    """out [M, N] += scale · a [M, K] b [K, N], over the rows of the batch that count."""
+    """Out [M, N] += scale · a [M, K] b [K, N], over the rows of the batch that count."""
     (m, k), n = a.shape, b.shape[1]
-    config = config_for(pick_config, b, out)
+    config = config_for(pick_config, b, out, adds=True)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     _add_product_kernel[grid](
         a, b, out, scale, count,
         first_row, m, n, k,
         a.stride(0), a.stride(1), b.stride(0), out.stride(0),
-        ROWS_ARE_K=rows_are_k, EVEN_K=not rows_are_k and k % config.block_k == 0,
-        **_options(config, b.dtype),
+        ROWS_ARE_K=rows_are_k, **_options(config, b.dtype),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 from bertgpt import ops, reference
 from bertgpt.accuracy import measure
 from bertgpt.ops import _dispatch
-from bertgpt.validation_cases import Sample, samples
+from bertgpt.validation_cases import samples
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,24 +116,17 @@ def _mutate(source: Path, text: str, replacement: str, folder: Path) -> ModuleTy
     return module
 
 
-def _outputs(sample: Sample, function: Callable[..., Any], **options: Any) -> list[torch.Tensor]:
-    copy = sample.mapped(torch.clone)
-    result = function(*copy.args, **copy.kwargs, **options)
-    if result is None:
-        return list(copy.args[2:4])
-    return list(result) if isinstance(result, tuple) else [result]
-
-
 def _survives(op: str, function: Callable[..., Any], **options: Any) -> bool:
     """Whether every result on every sample is accurate."""
     for dtype in (torch.bfloat16, torch.float32):
         for sample in samples(op, dtype):
             wide = sample.mapped(lambda t: t.double() if t.is_floating_point() else t)
-            oracle = _outputs(wide, getattr(reference, op))
-            baseline = _outputs(sample, getattr(reference, op))
-            actual = _outputs(sample, function, **options)
+            oracle = wide.results(getattr(reference, op))
+            baseline = sample.results(getattr(reference, op))
+            actual = sample.results(function, **options)
             for got, want, low in zip(actual, oracle, baseline, strict=True):
-                if not measure(got, want.double(), low).accurate:
+                tensors = got.tensor, want.tensor.double(), low.tensor
+                if not measure(*tensors, factor=got.factor).accurate:
                     return False
     return True
 

@@ -34,7 +34,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of hidden · weightᵀ + bias against labels; the scores never lie in memory whole.
+    """Cross-entropy of hidden · weightᵀ + bias against labels, the scores never whole in memory.
 
     Args:
         hidden: [..., E]; float16, bfloat16, float32 or float64.
