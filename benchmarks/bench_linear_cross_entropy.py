@@ -122,11 +122,12 @@ def _cases() -> Iterator[Case]:
 
 def _leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Hidden, weight, bias and labels, sharing the inputs' memory, ready for their gradients."""
-    wanted = inputs["gradients"]
     hidden, weight, bias = (
-        None if inputs[name] is None else inputs[name].detach().requires_grad_(wanted)
+        None if inputs[name] is None else inputs[name].detach().requires_grad_(inputs["gradients"])
         for name in ("hidden", "weight", "bias")
     )
+    assert hidden is not None
+    assert weight is not None
     return hidden, weight, bias, inputs["labels"]
 
 

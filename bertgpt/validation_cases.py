@@ -146,6 +146,7 @@ def _linear_cross_entropy(make: _Maker) -> Iterator[Sample]:
         hidden = make.randn(rows, width)
         weight = make.randn(tokens, width, scale=2 * width**-0.5)
         labels = make.randint(0, tokens, rows)
+        labels[0] = tokens - 1
         bias = None
         if rows > 1:
             bias = make.randn(tokens)

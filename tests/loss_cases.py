@@ -66,3 +66,17 @@ def check(call: Call, backend: str, **options: Any) -> list[torch.Tensor]:
         factor = 2.0 if name == "loss" else 3.0
         assert_accurate(got, want, low, factor=factor, what=name)
     return actual
+
+
+def assert_small_gradients_survive(backend: str) -> None:
+    """A probability times 1e-6, a row's part of a large mean, lies below the smallest float16."""
+    hidden, weight, bias, labels = inputs(60, 100, 8, ignored=0.0)
+    gradients = []
+    for dtype, leaf in ((torch.float16, weight), (torch.float64, weight.double())):
+        leaf = leaf.detach().requires_grad_()
+        call = hidden.half().to(dtype), leaf, bias.to(leaf.dtype), labels
+        name = backend if dtype == torch.float16 else "reference"
+        loss = ops.linear_cross_entropy(*call, reduction="sum", backend=name) * 1e-6
+        gradients += [g.double() for g in torch.autograd.grad(loss, leaf)]
+    got, want = gradients
+    assert float((got - want).norm()) < 0.002 * float(want.norm())

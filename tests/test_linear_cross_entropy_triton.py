@@ -8,7 +8,7 @@ from cases import KERNEL_DTYPES, awkward_sizes, banded, banded_copy, poisoned_al
 from cases import rows_far_apart as far_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import IGNORE, inputs, results
+from loss_cases import IGNORE, assert_small_gradients_survive, inputs, results
 from loss_cases import check as check_backend
 from tolerance import assert_bitwise
 
@@ -188,18 +188,12 @@ def test_a_label_out_of_range_reads_nothing_and_shows():
         ops.linear_cross_entropy(hidden, weight, bias, bad, backend="triton")
 
 
-def test_a_mean_over_many_rows_does_not_underflow():
-    hidden, weight, bias, labels = inputs(3000, 200, 8, torch.float16, ignored=0.0)
-    doubles = hidden.double(), weight.double(), bias.double(), labels
-    oracle = results(ops.linear_cross_entropy, doubles, backend="torch")
-    actual = results(ops.linear_cross_entropy, (hidden, weight, bias, labels), backend="triton")
-    for got, want in zip(actual, oracle, strict=True):
-        error = (got.double() - want).square().mean().sqrt() / want.square().mean().sqrt()
-        assert float(error) < 0.005
+def test_small_gradients_do_not_underflow():
+    assert_small_gradients_survive("triton")
 
 
 def test_repeats_and_batches_are_bitwise_equal():
-    hidden, weight, bias, labels = inputs(150, 1100, 40, torch.bfloat16, ignored=0.2)
+    hidden, weight, bias, labels = inputs(70, 1100, 40, torch.bfloat16, ignored=0.0)
     call = hidden, weight, bias, labels
     first = results(ops.linear_cross_entropy, call, reduction="none", backend="triton")
     for a, b in zip(

@@ -105,13 +105,18 @@ def _check_values(call: Call) -> None:
 
 
 def _fake(call: Call) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(call["hidden"].dtype, torch.float32)
-    shape = call["labels"].shape
-    return tuple(call["hidden"].new_empty(shape, dtype=dtype) for _ in range(2))  # type: ignore
+    shape, dtype = call["labels"].shape, torch.promote_types(call["hidden"].dtype, torch.float32)
+    return call["hidden"].new_empty(shape, dtype=dtype), call["hidden"].new_empty(
+        shape, dtype=dtype
+    )
 
 
-def _backward(
-    function: Any, grads: Sequence[Tensor], saved: Sequence[Tensor], names: Sequence[str], call: Any
+def _differentiate(
+    function: Any,
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    **call: Any,
 ) -> Mapping[str, Tensor]:
     (grad,), (lse,) = grads, saved
     return function(grad, lse, names, **call)
@@ -126,11 +131,11 @@ _OP = Op(
         "triton": triton_backend(
             "linear_cross_entropy",
             lambda kernels, **c: kernels.row_losses(**c),
-            lambda kernels, *g, **c: _backward(kernels.row_losses_backward, *g, c),
+            lambda kernels, *g, **c: _differentiate(kernels.row_losses_backward, *g, **c),
         ),
         "torch": Backend(
             lambda **c: portable.row_losses(**c),
-            backward=lambda *g, **c: _backward(portable.row_losses_backward, *g, c),
+            backward=lambda *g, **c: _differentiate(portable.row_losses_backward, *g, **c),
         ),
         "reference": Backend(lambda **c: row_losses(**c)),
     },
