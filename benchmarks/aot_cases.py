@@ -185,11 +185,12 @@ def _linear_cross_entropy(
     dtype: torch.dtype = BF16,
     weight_dtype: torch.dtype | None = None,
     bias: bool = True,
+    vocabulary: int = 2048,
 ) -> object:
     from bertgpt.kernels.linear_cross_entropy import row_losses
     from bertgpt.kernels.linear_cross_entropy_backward import row_losses_backward
 
-    tokens = vocabulary = 2048  # one slab of the backward pass
+    tokens = 2048  # with as many words one slab of the backward pass
     parameter = partial(_meta, dtype=weight_dtype or dtype)
     call = {
         "hidden": _meta(tokens, width, dtype=dtype),
@@ -209,6 +210,7 @@ def _linear_cross_entropy_cases() -> Iterator[Case]:
         ("768 bf16", {}, WIDE_MMA),
         ("768 bf16 no bias", {"bias": False}, WIDE_MMA),
         ("768 bf16, fp32 weights", {"weight_dtype": FP32}, WIDE_MMA),
+        ("768 bf16, V 2042", {"vocabulary": 2042}, WIDE_MMA),
         ("768 fp16", {"dtype": FP16}, WIDE_MMA),
         ("768 fp32", {"dtype": FP32}, NO_MMA),
         ("1001 bf16", {"width": 1001}, WIDE_MMA),

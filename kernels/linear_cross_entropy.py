@@ -61,7 +61,10 @@ def pick_config(
             tiles, so they are narrower, and reading what is there costs registers.
     """
     if ieee or not aligned:  # an address, or a float32 product, for each element costs registers
-        return Config(64, 64, 16, num_warps=4, num_stages=2)
+        # Left to itself, sm_120's compiler holds float32 sums below the registers they need.
+        return Config(
+            64, 64, 16, num_warps=4, num_stages=2, max_registers=128 if ieee and adds else None
+        )
     block_k = 128 // itemsize  # a row of the tile is one 128-byte line
     if adds or capability >= 120:
         return Config(128, 64, block_k, num_warps=4, num_stages=3)
