@@ -178,6 +178,54 @@ def _linear_gelu_cases() -> Iterator[Case]:
     )
 
 
+def _linear_cross_entropy(
+    *,
+    backward: bool = False,
+    width: int = 768,
+    dtype: torch.dtype = BF16,
+    weight_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    vocabulary: int = 2048,
+) -> object:
+    from bertgpt.kernels.linear_cross_entropy import row_losses
+    from bertgpt.kernels.linear_cross_entropy_backward import row_losses_backward
+
+    tokens = 2048  # with as many words one slab of the backward pass
+    parameter = partial(_meta, dtype=weight_dtype or dtype)
+    call = {
+        "hidden": _meta(tokens, width, dtype=dtype),
+        "weight": parameter(vocabulary, width),
+        "bias": parameter(vocabulary) if bias else None,
+        "labels": _meta(tokens, dtype=torch.int64),
+        "ignore_index": -100,
+    }
+    if not backward:
+        return row_losses(**call)
+    loss = _meta(tokens, dtype=FP32)
+    return row_losses_backward(loss, loss, ("hidden", "weight", "bias"), **call)
+
+
+def _linear_cross_entropy_cases() -> Iterator[Case]:
+    variants: list[tuple[str, dict[str, Any], dict[int, str]]] = [
+        ("768 bf16", {}, WIDE_MMA),
+        ("768 bf16 no bias", {"bias": False}, WIDE_MMA),
+        ("768 bf16, fp32 weights", {"weight_dtype": FP32}, WIDE_MMA),
+        ("768 bf16, V 2042", {"vocabulary": 2042}, WIDE_MMA),
+        ("768 fp16", {"dtype": FP16}, WIDE_MMA),
+        ("768 fp32", {"dtype": FP32}, NO_MMA),
+        ("1001 bf16", {"width": 1001}, WIDE_MMA),
+        ("1001 fp32", {"width": 1001, "dtype": FP32}, NO_MMA),
+    ]
+    for backward in (False, True):
+        op = f"linear_cross_entropy{'_backward' if backward else ''}"
+        for name, options, matrix in variants:
+            call = partial(_linear_cross_entropy, backward=backward, **options)
+            yield Case(op, name, call, matrix)
+        for width in (768, 1001):
+            call = partial(_linear_cross_entropy, backward=backward, width=width, dtype=FP32)
+            yield Case(op, f"{width} tf32", partial(_with_tf32, call), WIDE_MMA)
+
+
 def _add_layer_norm(
     *, width: int, dtype: torch.dtype = BF16, residual: bool = True, return_sum: bool = False
 ) -> object:
@@ -295,6 +343,7 @@ def _paged_case(
 CASES: tuple[Case, ...] = (
     *_attention_cases(),
     *_linear_gelu_cases(),
+    *_linear_cross_entropy_cases(),
     *_add_layer_norm_cases(),
     *_paged_write_cases(),
     *_paged_attention_cases(),
@@ -313,6 +362,16 @@ def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
         ((2, False), (4, False), (4, True)), tokens, (False, True)
     ):
         yield capability, dtype_bytes, ieee, m, 3072, 132, aligned
+
+
+def _linear_cross_entropy_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for (dtype_bytes, ieee), aligned in product(((2, False), (4, False), (4, True)), (False, True)):
+        yield capability, dtype_bytes, ieee, aligned
+
+
+def _linear_cross_entropy_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for arguments, adds in product(_linear_cross_entropy_domain(capability), (False, True)):
+        yield *arguments, adds
 
 
 def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:
@@ -334,6 +393,8 @@ def _paged_attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
 DOMAINS: dict[str, Callable[[int], Iterator[tuple[Any, ...]]]] = {
     "attention": _attention_domain,
     "linear_gelu": _linear_gelu_domain,
+    "linear_cross_entropy": _linear_cross_entropy_domain,
+    "linear_cross_entropy_backward": _linear_cross_entropy_backward_domain,
     "add_layer_norm": _add_layer_norm_domain,
     "paged_write": _paged_write_domain,
     "paged_attention": _paged_attention_domain,

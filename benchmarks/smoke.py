@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bertgpt import ops
-from bertgpt.validate import outputs_of, refusal_of
+from bertgpt.validate import refusal_of
 from bertgpt.validation_cases import OPS, Sample, samples
 
 # On a CPU the C++ kernels run where BERTGPT_HOST_ENGINE names a build, and torch stands for Triton.
@@ -42,9 +42,9 @@ class Call:
         return f"{self.sample.op} {self.number}, {self.backend}"
 
     def run(self) -> tuple[Tensor, ...]:
-        """Its outputs, computed from copies of the inputs, since some ops write in place."""
-        copies = self.sample.mapped(torch.clone)
-        return outputs_of(copies, getattr(ops, copies.op), backend=self.backend)
+        """Its outputs, and the gradients that its sample asks for."""
+        results = self.sample.results(getattr(ops, self.sample.op), backend=self.backend)
+        return tuple(result.tensor for result in results)
 
 
 def calls(device: str, found: Sequence[Sample] | None = None) -> Iterator[Call]:

@@ -20,6 +20,7 @@ FILES = (
     "bench_attention",
     "bench_linear_gelu",
     "bench_gelu_ffn",
+    "bench_linear_cross_entropy",
     "bench_add_layer_norm",
     "bench_paged_attention",
     "bench_models",

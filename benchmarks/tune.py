@@ -40,6 +40,18 @@ SPACES: dict[str, Space] = {
         "num_warps": (4, 8),
         "num_stages": (3, 4),
     },
+    "linear_cross_entropy": {
+        "block_m": (64, 128),
+        "block_n": (64, 128, 256),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    "linear_cross_entropy_backward": {
+        "block_m": (64, 128),
+        "block_n": (64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
     "add_layer_norm": {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)},
     "paged_attention": {
         "BLOCK_N": (16, 32, 64, 128),

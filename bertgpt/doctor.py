@@ -160,6 +160,12 @@ def _gelu_ffn(device: str) -> dict[str, Any]:
     return {"x": x, "w_in": x, "w_out": x.t().contiguous(), **biases}
 
 
+def _linear_cross_entropy(device: str) -> dict[str, Any]:
+    hidden = torch.zeros(128, 64, dtype=torch.float16, device=device)
+    labels = torch.zeros(128, dtype=torch.int64, device=device)
+    return {"hidden": hidden, "weight": hidden, "bias": None, "labels": labels}
+
+
 def _add_layer_norm(device: str) -> dict[str, Any]:
     x = torch.zeros(128, 64, dtype=torch.float16, device=device)
     return {"x": x, "residual": x, "weight": x.new_ones(64), "bias": x.new_zeros(64)}
@@ -190,6 +196,7 @@ _SAMPLES: dict[str, Callable[[str], dict[str, Any]]] = {
     "attention": _attention,
     "linear_gelu": _linear_gelu,
     "gelu_ffn": _gelu_ffn,
+    "linear_cross_entropy": _linear_cross_entropy,
     "add_layer_norm": _add_layer_norm,
     "paged_write": _paged_write,
     "paged_attention": _paged_attention,

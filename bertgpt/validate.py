@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
 
 import torch
 from rich import box
@@ -129,37 +128,28 @@ def _validate(op: str, dtype: torch.dtype, device: torch.device) -> tuple[Row, .
     rows = tuple(Row(op, backend, DTYPES[dtype]) for backend in BACKENDS)
     for sample in samples(op, dtype):
         sample = sample.mapped(lambda t: t.to(device))
-        oracle = _reference(sample.mapped(_doubled))
-        baseline = _reference(sample)
+        oracle = sample.mapped(_doubled).results(getattr(reference, op))
+        baseline = sample.results(getattr(reference, op))
         for row in rows:
             refusal = refusal_of(sample, row.backend)
             if refusal is not None:
                 if refusal not in row.refusals:
                     row.refusals.append(refusal)
                 continue
-            actual = outputs_of(sample.mapped(torch.clone), getattr(ops, op), backend=row.backend)
+            actual = sample.results(getattr(ops, op), backend=row.backend)
             row.cases += 1
             for got, want, low in zip(actual, oracle, baseline, strict=True):
                 # The log-sum-exp is float32 whatever the inputs are, the oracle's too.
-                row.add(measure(got.cpu(), want.cpu().double(), low.cpu()))
+                tensors = got.tensor.cpu(), want.tensor.cpu().double(), low.tensor.cpu()
+                row.add(measure(*tensors, factor=got.factor))
     return rows
 
 
 def refusal_of(sample: Sample, backend: str) -> str | None:
     """Why the backend does not take this call, or None."""
-    return ops.explain(sample.op, *sample.args, **sample.kwargs).refusals.get(backend)
-
-
-def _reference(sample: Sample) -> tuple[Tensor, ...]:
-    return outputs_of(sample.mapped(torch.clone), getattr(reference, sample.op))
-
-
-def outputs_of(sample: Sample, function: Any, **options: Any) -> tuple[Tensor, ...]:
-    """The call's outputs; for a call that writes in place, the tensors it wrote."""
-    result = function(*sample.args, **sample.kwargs, **options)
-    if result is None:
-        return sample.args[2:4]  # paged_write's pages
-    return result if isinstance(result, tuple) else (result,)
+    sample = sample.differentiable()
+    with torch.set_grad_enabled(bool(sample.wrt)):
+        return ops.explain(sample.op, *sample.args, **sample.kwargs).refusals.get(backend)
 
 
 def _doubled(tensor: Tensor) -> Tensor:

@@ -15,11 +15,19 @@ _RAGGED = (0, 1, 37, 64, 65)  # lengths of a packed batch: empty, single, prime,
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an op; tensors on the CPU, floats in the dtype asked for."""
+    """One call of an op; tensors on the CPU, floats in the dtype asked for.
+
+    Attributes:
+        op: The op's name.
+        args: Its arguments by place.
+        kwargs: Its arguments by keyword.
+        wrt: Places of the arguments whose gradients are measured too.
+    """
 
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    wrt: tuple[int, ...] = ()
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
         """The same call with every tensor replaced by change(tensor)."""
@@ -28,6 +36,45 @@ class Sample:
             args=tuple(_apply(value, change) for value in self.args),
             kwargs={name: _apply(value, change) for name, value in self.kwargs.items()},
         )
+
+    def differentiable(self) -> Sample:
+        """The same call, its arguments of `wrt` asking for gradients where they are tensors."""
+        leaves = [
+            value.detach().requires_grad_() if i in self.wrt and value is not None else value
+            for i, value in enumerate(self.args)
+        ]
+        return replace(self, args=tuple(leaves))
+
+    def results(self, function: Callable[..., Any], **options: Any) -> list[Result]:
+        """What `function` makes of a copy of this call: its outputs, then the gradients of `wrt`.
+
+        A call that writes in place gives the tensors it wrote. The gradients are those of each
+        output weighted by fixed random numbers.
+        """
+        call = self.mapped(torch.clone).differentiable()
+        with torch.set_grad_enabled(bool(self.wrt)):
+            outputs = function(*call.args, **call.kwargs, **options)
+            if outputs is None:
+                outputs = call.args[2:4]  # paged_write's pages
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            leaves = [call.args[i] for i in self.wrt if call.args[i] is not None]
+            if not leaves:
+                return [Result(output, 2.0) for output in outputs]
+            weights = _Maker(torch.float32, seed=1)
+            pulls = [weights.randn(*o.shape).to(o.device, o.dtype) for o in outputs]
+            gradients = torch.autograd.grad(outputs, leaves, pulls, materialize_grads=True)
+        return [
+            *(Result(output.detach(), 2.0) for output in outputs),
+            *(Result(gradient, 3.0) for gradient in gradients),
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A tensor that a call gave, and the factor of the accuracy rule that holds for it."""
+
+    tensor: Tensor
+    factor: float
 
 
 def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -92,6 +139,25 @@ def _gelu_ffn(make: _Maker) -> Iterator[Sample]:
         yield Sample("gelu_ffn", args, {"approximate": approximate})
 
 
+def _linear_cross_entropy(make: _Maker) -> Iterator[Sample]:
+    for (rows, width, tokens), reduction in product(
+        ((1, 64, 96), (140, 64, 2200), (37, 61, 131)), ("mean", "none")
+    ):
+        hidden = make.randn(rows, width)
+        weight = make.randn(tokens, width, scale=2 * width**-0.5)
+        labels = make.randint(0, tokens, rows)
+        labels[0] = tokens - 1
+        bias = None
+        if rows > 1:
+            bias = make.randn(tokens)
+            labels[3::5] = 7  # the label to ignore; nothing of those rows may show
+            hidden[3::5] = torch.nan
+            bias[11] = -torch.inf
+            labels[labels == 11] = 12
+        options: dict[str, Any] = {"ignore_index": 7, "reduction": reduction}
+        yield Sample("linear_cross_entropy", (hidden, weight, bias, labels), options, (0, 1, 2))
+
+
 def _add_layer_norm(make: _Maker) -> Iterator[Sample]:
     for width, has_residual in product((1, 61, 384, 1601), (False, True)):
         x = make.randn(3, 3, width)
@@ -152,6 +218,7 @@ _MAKERS: dict[str, Callable[[_Maker], Iterator[Sample]]] = {
     "attention": _attention,
     "linear_gelu": _linear_gelu,
     "gelu_ffn": _gelu_ffn,
+    "linear_cross_entropy": _linear_cross_entropy,
     "add_layer_norm": _add_layer_norm,
     "paged_write": _paged_write,
     "paged_attention": _paged_attention,

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.gpu
         "attention",
         "linear_gelu",
         "gelu_ffn",
+        "linear_cross_entropy",
         "add_layer_norm",
         "paged_write",
         "paged_attention",

@@ -5,6 +5,7 @@ from bertgpt.ops._dispatch import BackendUnavailable, Explanation, explain, stri
 from bertgpt.ops.add_layer_norm import add_layer_norm
 from bertgpt.ops.attention import attention
 from bertgpt.ops.gelu_ffn import gelu_ffn
+from bertgpt.ops.linear_cross_entropy import linear_cross_entropy
 from bertgpt.ops.linear_gelu import linear_gelu
 from bertgpt.ops.paged_attention import paged_attention
 from bertgpt.ops.paged_write import paged_write
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "explain",
     "gelu_ffn",
+    "linear_cross_entropy",
     "linear_gelu",
     "paged_attention",
     "paged_write",

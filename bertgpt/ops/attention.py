@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._autograd import register_recomputed_backward
+from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
 
 MAX_HEAD_DIM = 256
@@ -279,7 +279,7 @@ _OP = Op(
     fake=_fake,
     differentiable=("q", "k", "v", "mask"),
 )
-register_recomputed_backward(_OP)
+register_backward(_OP)
 
 
 @register_flop_formula(torch.ops.bertgpt.attention)
