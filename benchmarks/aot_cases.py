@@ -59,6 +59,8 @@ def _matrix(dtype: torch.dtype, wide: dict[int, str] = WIDE_MMA) -> dict[int, st
 
 def _attention(
     *,
+    backward: bool = False,
+    dropout: bool = False,
     dim: int = 64,
     dtype: torch.dtype = BF16,
     packed: bool = False,
@@ -70,6 +72,7 @@ def _attention(
     kv_heads: int = 12,
 ) -> object:
     from bertgpt.kernels.attention import attention_fwd
+    from bertgpt.kernels.attention_backward import attention_bwd
 
     batch, length, heads = 32, 512, 12
     leading = (batch * length,) if packed else (batch, length)
@@ -78,21 +81,25 @@ def _attention(
     if mask is not None:
         shape = (batch, 1, 1, length) if per_key else (batch, 1, length, length)
         mask_tensor = _meta(*shape, dtype=mask).expand(batch, heads, length, length)
-    return attention_fwd(
-        _meta(*leading, heads, dim, dtype=dtype),
-        _meta(*leading, kv_heads, dim, dtype=dtype),
-        _meta(*leading, kv_heads, dim, dtype=dtype),
-        mask=mask_tensor,
-        key_lengths=_meta(batch, dtype=torch.int32) if lengths else None,
-        causal=causal,
-        window=window,
-        scale=dim**-0.5,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=length if packed else None,
-        max_seqlen_k=length if packed else None,
-        return_lse=False,
-    )
+    q = _meta(*leading, heads, dim, dtype=dtype)
+    k, v = (_meta(*leading, kv_heads, dim, dtype=dtype) for _ in range(2))
+    call: dict[str, Any] = {
+        "mask": mask_tensor,
+        "key_lengths": _meta(batch, dtype=torch.int32) if lengths else None,
+        "causal": causal,
+        "window": window,
+        "scale": dim**-0.5,
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": length if packed else None,
+        "max_seqlen_k": length if packed else None,
+        "dropout_p": 0.1 if dropout else 0.0,
+        "seed": _meta(dtype=torch.int64) if dropout else None,
+    }
+    if backward:
+        rows = (heads, batch * length) if packed else (batch, heads, length)
+        return attention_bwd(q, q, _meta(*rows, 2, dtype=FP32), q, k, v, **call)
+    return attention_fwd(q, k, v, return_lse=False, return_stats=False, **call)
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -123,6 +130,40 @@ def _attention_cases() -> Iterator[Case]:
         yield _attention_case("bool mask", dim, FP32, {"mask": torch.bool})
     tf32 = partial(_with_tf32, partial(_attention, dtype=FP32, **packed_causal))
     yield Case("attention", "packed causal d64 tf32", tf32, NARROW_MMA)
+    dropped = {**packed_causal, "dropout": True}
+    for dim, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, FP32)):
+        yield _attention_case("packed causal dropout", dim, dtype, dropped)
+
+
+def _attention_backward_cases() -> Iterator[Case]:
+    backward: dict[str, Any] = {"backward": True}
+    packed_causal = {**backward, "packed": True, "causal": True}
+    variants: list[tuple[str, dict[str, Any]]] = [
+        ("dense", backward),
+        ("key lengths", {**backward, "lengths": True}),
+        ("packed", {**backward, "packed": True}),
+        ("packed causal GQA 4", {**packed_causal, "kv_heads": 3}),
+        ("window", {**backward, "window": (128, 128)}),
+        ("additive key mask", {**backward, "mask": FP32, "per_key": True}),
+    ]
+    for name, options in variants:
+        yield _attention_case(name, 64, BF16, options, NARROW_MMA)
+    for dim, dtype in product((64, 80, 128, 256), (BF16, FP32)):
+        yield _attention_case("packed causal", dim, dtype, packed_causal, NARROW_MMA)
+    extra = (
+        ("packed causal dropout", {**packed_causal, "dropout": True}),
+        ("bool mask", {**backward, "mask": torch.bool}),
+    )
+    for (name, options), dim, dtype in product(extra, (64, 128, 256), (BF16, FP32)):
+        yield _attention_case(name, dim, dtype, options, NARROW_MMA)
+    yield _attention_case("packed causal", 64, FP16, packed_causal, NARROW_MMA)
+    for dim in (31, 33, 127, 255):  # rows that are no multiple of 16 bytes
+        yield _attention_case("packed causal", dim, BF16, packed_causal, NARROW_MMA)
+    for dim, dtype in product((33, 255), (BF16, FP32)):
+        masked = {**backward, "mask": torch.bool}
+        yield _attention_case("bool mask", dim, dtype, masked, NARROW_MMA)
+    tf32 = partial(_with_tf32, partial(_attention, dtype=FP32, **packed_causal))
+    yield Case("attention_backward", "packed causal d64 tf32", tf32, NARROW_MMA)
 
 
 def _attention_case(
@@ -133,7 +174,7 @@ def _attention_case(
     matrix: dict[int, str] = WIDE_MMA,
 ) -> Case:
     return Case(
-        "attention",
+        "attention_backward" if options.get("backward") else "attention",
         f"{name} d{dim} {_NAMES[dtype]}",
         partial(_attention, dim=dim, dtype=dtype, **options),
         _matrix(dtype, matrix),
@@ -294,6 +335,7 @@ def _paged_case(
 
 CASES: tuple[Case, ...] = (
     *_attention_cases(),
+    *_attention_backward_cases(),
     *_linear_gelu_cases(),
     *_add_layer_norm_cases(),
     *_paged_write_cases(),
@@ -305,6 +347,11 @@ def _attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     flags = (False, True)
     for dim, dtype_bytes, masked, aligned in product((16, 64, 80, 128, 256), (2, 4), flags, flags):
         yield capability, dim, dtype_bytes, masked, aligned
+
+
+def _attention_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for gradient, arguments in product(("dq", "dkdv"), _attention_domain(capability)):
+        yield gradient, *arguments
 
 
 def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
@@ -333,6 +380,7 @@ def _paged_attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
 # By op: the arguments that its `pick_config` is asked for on a given capability.
 DOMAINS: dict[str, Callable[[int], Iterator[tuple[Any, ...]]]] = {
     "attention": _attention_domain,
+    "attention_backward": _attention_backward_domain,
     "linear_gelu": _linear_gelu_domain,
     "add_layer_norm": _add_layer_norm_domain,
     "paged_write": _paged_write_domain,

@@ -1,17 +1,17 @@
 """Fused masked attention, backward (FlashAttention-2, arXiv:2307.08691, algorithm 2).
 
-Maths: with p = softmax(s) from the forward pass's statistics, δ = rowsum(dO ∘ O) and, under
-dropout, z = keep / (1 - p_drop), else 1:
+Maths: with p = softmax(s) from the forward pass's row statistics, δ = rowsum(dO ∘ O), and dropout's
+factors z (1 / (1 - p_drop) where a weight is kept, 0 elsewhere; 1 without dropout),
     dV = (z ∘ p)ᵀ dO;  dS = p ∘ (z ∘ dO Vᵀ - δ);  dQ = scale · dS K;  dK = scale · dSᵀ Q.
-Scores and dropout bits are computed again. Masked pairs are selected away, not multiplied by 0.
+Scores and dropout bits are computed again, dS in both kernels: five products would do, but only by
+atomics on dQ; with seven, one program owns each row and adds in one order.
 
-Memory: the first kernel reads q, dO and O once, K and V once a query tile, and writes dQ and δ (one
-float a row; its dO is there already, so no pass of its own). The second reads K and V once, q and
-dO once a key tile, and writes dK and dV. No [L, S] matrix is stored.
+Memory: `attention_dq` first, which also writes δ. Then here k and v cross HBM once, q, dO and their
+rows' statistics once for each tile of BLOCK_N keys, mostly from L2; written are dK and dV. No
+[L, S] matrix is stored.
 
-Grid: one axis of batch · query heads · query tiles for dQ, where a program loops over key tiles;
-batch · KV heads · key tiles for dK and dV, looping over the query tiles of each head of its group.
-One program owns each row and adds in a fixed order: no atomics, the same bits at every run.
+Grid: one axis of batch · KV heads · key tiles, tiles fastest, so that neighbours read the same
+queries; under causal the longest tiles come first by themselves.
 
 Dims: B batch, L/S query/key length, H query heads, K KV heads, D head_dim padded to BLOCK_D.
 """
@@ -25,14 +25,14 @@ import triton
 import triton.language as tl
 
 from bertgpt.kernels.attention_call import attention_call
+from bertgpt.kernels.attention_dq import _attention_bwd_dq_kernel
 from bertgpt.kernels.descriptors import describable
 from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.primitives import (
     LOG2E,
     keep_tile,
-    key_tiles,
-    mask_scores,
     query_tiles,
+    score_gradients,
     sequence_spans,
 )
 
@@ -48,15 +48,21 @@ class Config:
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
-# BLOCK_D.
+# BLOCK_D: the largest tiles that compile without a spill.
 # fmt: off
-_DQ = {64: ((64, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 64, 8, 2), (64, 32, 8, 2)),
-       256: ((64, 32, 8, 1), (64, 32, 8, 1))}
-_DKDV = {64: ((64, 64, 4, 2), (32, 64, 4, 2)), 128: ((32, 64, 8, 2), (32, 64, 8, 2)),
-         256: ((32, 64, 8, 1), (32, 64, 8, 1))}
-_UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, 128: ((16, 16, 8, 1),) * 2,
-              256: ((16, 16, 8, 1),) * 2}
-_FLOAT32 = {64: ((32, 32, 8, 1),) * 2, 128: ((16, 16, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}
+_WARPGROUPS = {  # sm_90 and sm_100
+    "dq": {64: ((64, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 64, 8, 2), (64, 32, 8, 2)),
+           256: ((32, 32, 8, 1),) * 2},
+    "dkdv": {64: ((64, 128, 8, 2), (32, 64, 4, 2)), 128: ((32, 64, 8, 2),) * 2,
+             256: ((32, 32, 8, 1),) * 2},
+}
+_WARPS = {
+    "dq": {64: ((128, 32, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2),) * 2,
+           256: ((32, 32, 8, 1),) * 2},
+    "dkdv": {64: ((64, 32, 4, 2),) * 2, 128: ((64, 32, 8, 2),) * 2, 256: ((32, 32, 8, 1),) * 2},
+}
+_UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}
+_FLOAT32 = {64: ((32, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}
 # fmt: on
 
 
@@ -73,161 +79,8 @@ def pick_config(
     elif dtype_bytes == 4:
         table = _FLOAT32  # products without tensor cores
     else:
-        table = _DQ if gradient == "dq" else _DKDV
+        table = (_WARPGROUPS if capability // 10 in (9, 10) else _WARPS)[gradient]
     return Config(*table[min(d for d in table if head_dim <= d)][extra])
-
-
-def unsupported(**call: Any) -> str | None:
-    """Nothing that the forward kernel takes."""
-    return None
-
-
-# fmt: off
-@triton.jit
-def _tile_gradients(
-    scores, grad_weights, queries, keys, query_inside, key_inside, row_max, row_log_sum, delta,
-    keep, mask_base, stride_mm, stride_mn, diagonal, window_left, window_right, scale, keep_scale,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_ADDITIVE: tl.constexpr,
-    NATURAL: tl.constexpr, MASK_PER_QUERY: tl.constexpr, MASKED: tl.constexpr,
-):
-    """z ∘ p / (1 - p_drop)⁻¹, dS and the pairs that may meet, of a tile or its transpose.
-
-    scores are q kᵀ, grad_weights dO vᵀ. Without MASKED every pair may meet.
-    """
-    # fmt: on
-    visible = True
-    if NATURAL:
-        scores *= scale
-    if MASKED:
-        scores, visible, _ = mask_scores(
-            scores, queries, keys, query_inside, key_inside, diagonal, window_left, window_right,
-            mask_base, stride_mm, stride_mn, HAS_LEFT, HAS_RIGHT, IS_ADDITIVE, MASK_PER_QUERY,
-        )  # fmt: skip
-    if NATURAL:  # the difference of two large biases is exact, if it comes first
-        p = tl.exp2((scores - row_max) * LOG2E - row_log_sum)
-    else:
-        p = tl.exp2(scores * scale - (row_max + row_log_sum))
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    dropped = p
-    if keep is not None:
-        dropped = tl.where(keep, p, 0.0)
-        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_scores = p * (grad_weights - delta)
-    if MASKED:
-        grad_scores = tl.where(visible, grad_scores, 0.0)
-    return dropped, grad_scores, visible
-
-
-# fmt: off
-@triton.jit(do_not_specialize=["len_q", "len_k", "num_tiles", "window_left", "window_right",
-                               "threshold"])
-def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
-    do_ptr, out_ptr, stats_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qm, stride_qh,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
-    stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gm, stride_gh,  # of dO
-    stride_ob, stride_om, stride_oh,  # of out and dQ
-    stride_lb, stride_lh,  # of a row in stats and delta
-    len_q, len_k,  # L and S, or all packed tokens
-    num_heads, heads_per_kv, num_tiles,
-    scale, score_scale,  # the latter times log2 e unless NATURAL
-    window_left, window_right, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_ADDITIVE: tl.constexpr,
-    NATURAL: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
-    # 1. This program's head and query tile; with a right bound, longest tiles first.
-    pid_m = tl.program_id(0) % num_tiles
-    pid_bh = tl.program_id(0) // num_tiles
-    if HAS_RIGHT:
-        pid_m = num_tiles - 1 - pid_m
-    b = (pid_bh // num_heads).to(tl.int64)
-    h = (pid_bh % num_heads).to(tl.int64)
-    h_kv = h // heads_per_kv
-    start_q, len_q, start_k, len_k, used = sequence_spans(
-        cu_q_ptr, cu_k_ptr, key_lengths_ptr, b, len_q, len_k
-    )
-    row_first = pid_m * BLOCK_M
-    if row_first >= len_q:
-        return
-
-    # 2. Keys [lo, hi) are seen by some row of the tile, whole tiles of them by every row.
-    diagonal = len_k - len_q
-    row_last = tl.minimum(row_first + BLOCK_M, len_q) - 1
-    lo, hi, tile_first, tile_last, full_first, full_count = key_tiles(
-        row_first, row_last, diagonal, used, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
-    )
-    SPLIT_LOOP: tl.constexpr = mask_ptr is None and not NATURAL
-    if not SPLIT_LOOP:
-        full_count = 0
-
-    # 3. Pointers, every offset 64-bit; this tile's rows, and δ, which the other kernel reads.
-    offs_m = row_first + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m = offs_m < len_q
-    mask_d = (offs_d < HEAD_DIM)[None, :]
-    if HEAD_DIM == BLOCK_D:
-        mask_d = tl.full([1, BLOCK_D], True, tl.int1)  # a constant, which folds away
-    mask_q = mask_m[:, None] & mask_d
-    rows_m = offs_m[:, None].to(tl.int64)
-    rows_n = offs_n[:, None].to(tl.int64)
-    mask_base = mask_ptr
-    if mask_ptr is not None:
-        mask_base += b * stride_mb + h * stride_mh
-    q_base = q_ptr + b * stride_qb + start_q * stride_qm + h * stride_qh
-    do_base = do_ptr + b * stride_gb + start_q * stride_gm + h * stride_gh
-    k_base = k_ptr + b * stride_kb + start_k * stride_kn + h_kv * stride_kh
-    v_base = v_ptr + b * stride_vb + start_k * stride_vn + h_kv * stride_vh
-    k_ptrs = k_base + rows_n * stride_kn + offs_d[None, :]
-    v_ptrs = v_base + rows_n * stride_vn + offs_d[None, :]
-    out_base = b * stride_ob + start_q * stride_om + h * stride_oh
-    out_offsets = out_base + rows_m * stride_om + offs_d[None, :]
-    q = tl.load(q_base + rows_m * stride_qm + offs_d[None, :], mask=mask_q, other=0.0)
-    do = tl.load(do_base + rows_m * stride_gm + offs_d[None, :], mask=mask_q, other=0.0)
-    out = tl.load(out_ptr + out_offsets, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
-    rows = b * stride_lb + h * stride_lh + start_q + offs_m  # [BLOCK_M]
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + rows, delta, mask=mask_m)
-    row_max = tl.load(stats_ptr + 2 * rows, mask=mask_m, other=0.0)
-    row_log_sum = tl.load(stats_ptr + 2 * rows + 1, mask=mask_m, other=0.0)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    # 4. Tiles that every row sees whole (they alone are pipelined), then the edges, or all tiles.
-    for EDGE in tl.static_range(0 if SPLIT_LOOP else 1, 2):
-        begin = tile_first if EDGE else full_first
-        end = tile_last - full_count if EDGE else full_first + full_count
-        for step in tl.range(begin, end, num_stages=1 if EDGE and SPLIT_LOOP else None):
-            tile = tl.where(step >= full_first, step + full_count, step) if EDGE else step
-            n = tl.full([], tile * BLOCK_N, tl.int64)
-            keys = tile * BLOCK_N + offs_n
-            seen = (keys >= lo) & (keys < hi)  # [BLOCK_N]
-            mask_k = seen[:, None] & mask_d if EDGE else mask_d
-            k = tl.load(k_ptrs + n * stride_kn, mask=mask_k, other=0.0)  # [BLOCK_N, BLOCK_D]
-            v = tl.load(v_ptrs + n * stride_vn, mask=mask_k, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            keep = None
-            if seed_ptr is not None:
-                keep = keep_tile(seed_ptr, pid_bh, offs_m, n, threshold, BLOCK_M, BLOCK_N)
-            _, grad_scores, visible = _tile_gradients(
-                scores, grad_weights, offs_m[:, None], keys[None, :], mask_m[:, None],
-                seen[None, :], row_max[:, None], row_log_sum[:, None], delta[:, None], keep,
-                mask_base, stride_mm, stride_mn, diagonal, window_left, window_right,
-                score_scale, keep_scale,
-                HAS_LEFT, HAS_RIGHT, IS_ADDITIVE, NATURAL, MASK_PER_QUERY, EDGE,
-            )  # fmt: skip
-            if EDGE and mask_ptr is not None:  # what no row of the tile sees may be NaN
-                k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
-            dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=PRECISION)
-
-    # 5. A row without a key has seen no tile, or nothing in one: zeros.
-    tl.store(dq_ptr + out_offsets, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
 # fmt: off
@@ -268,9 +121,9 @@ def _attention_bwd_dkdv_kernel(
     # 2. Queries [lo, hi) see some key of the tile, whole tiles of them every key in use.
     diagonal = len_k - len_q
     key_last = tl.minimum(key_first + BLOCK_N, used) - 1
-    queries = tl.where(key_first < used, len_q, 0)
+    used_q = tl.where(key_first < used, len_q, 0)
     lo, hi, tile_first, tile_last, full_first, full_count = query_tiles(
-        key_first, key_last, diagonal, queries, window_left, window_right,
+        key_first, key_last, diagonal, used_q, window_left, window_right,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
     SPLIT_LOOP: tl.constexpr = mask_ptr is None and not NATURAL
@@ -314,7 +167,9 @@ def _attention_bwd_dkdv_kernel(
                 m = tl.full([], tile * BLOCK_M, tl.int64)
                 queries = tile * BLOCK_M + offs_m
                 rows = row_base + queries  # [BLOCK_M]
-                exists = (queries >= lo) & (queries < hi) if EDGE else None
+                exists = tl.full([BLOCK_M], True, tl.int1)
+                if EDGE:
+                    exists = (queries >= lo) & (queries < hi)
                 row_max = tl.load(stats_ptr + 2 * rows, mask=exists, other=float("-inf"))
                 live = row_max != float("-inf")  # a row that sees no key at all may hold NaN
                 mask_q = live[:, None] & mask_d if EDGE else mask_d
@@ -330,7 +185,7 @@ def _attention_bwd_dkdv_kernel(
                     keep = tl.trans(keep_tile(
                         seed_ptr, batch_head, queries, key_first, threshold, BLOCK_M, BLOCK_N
                     ))  # fmt: skip
-                weights, grad_scores, _ = _tile_gradients(
+                weights, grad_scores, _ = score_gradients(
                     scores, grad_weights, queries[None, :], keys[:, None], live[None, :],
                     mask_n[:, None], row_max[None, :], row_log_sum[None, :], delta[None, :], keep,
                     mask_base, stride_mm, stride_mn, diagonal, window_left, window_right,

@@ -146,6 +146,43 @@ def drop_weights(
 
 
 @triton.jit
+def score_gradients(
+    scores, grad_weights, queries, keys, query_inside, key_inside, row_max, row_log_sum, delta,
+    keep, mask_base, stride_mm, stride_mn, diagonal, window_left, window_right, scale, keep_scale,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_ADDITIVE: tl.constexpr,
+    NATURAL: tl.constexpr, MASK_PER_QUERY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The weights that dropout kept, the scores' gradients p ∘ (z ∘ dO vᵀ - δ), and visible pairs.
+
+    scores are q kᵀ and grad_weights dO vᵀ, a tile [BLOCK_M, BLOCK_N] or its transpose, to which
+    all others broadcast; row_max and row_log_sum (base 2) are the forward pass's. Not MASKED:
+    every pair is visible. Hidden pairs are selected away: their scores and gradients may be NaN.
+    """
+    visible = True
+    if NATURAL:
+        scores *= scale
+    if MASKED:
+        scores, visible, _ = mask_scores(
+            scores, queries, keys, query_inside, key_inside, diagonal, window_left, window_right,
+            mask_base, stride_mm, stride_mn, HAS_LEFT, HAS_RIGHT, IS_ADDITIVE, MASK_PER_QUERY,
+        )  # fmt: skip
+    if NATURAL:  # the difference of two large biases is exact where it comes first
+        p = tl.exp2((scores - row_max) * LOG2E - row_log_sum)
+    else:
+        p = tl.exp2(scores * scale - (row_max + row_log_sum))
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    kept = p
+    if keep is not None:
+        kept = tl.where(keep, p, 0.0)
+        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+    grad_scores = p * (grad_weights - delta)
+    if MASKED:
+        grad_scores = tl.where(visible, grad_scores, 0.0)
+    return kept, grad_scores, visible
+
+
+@triton.jit
 def softmax_step(scores, m_i, l_i, scale_log2, NATURAL: tl.constexpr):
     """Weights of a score tile [BLOCK_M, BLOCK_N], the old rows' factor, and the new m and l.
 
