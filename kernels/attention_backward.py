@@ -62,7 +62,8 @@ _WARPS = {
     "dkdv": {64: ((64, 32, 4, 2),) * 2, 128: ((64, 32, 8, 2),) * 2, 256: ((32, 32, 8, 1),) * 2},
 }
 _UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}
-_FLOAT32 = {64: ((32, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}
+_FLOAT32 = {"dq": {64: ((32, 32, 4, 1),) * 2, 256: ((16, 16, 8, 1),) * 2},
+            "dkdv": {64: ((32, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}}
 # fmt: on
 
 
@@ -77,7 +78,7 @@ def pick_config(
     if not aligned:
         table = _UNALIGNED  # loads of single elements, one pointer each
     elif dtype_bytes == 4:
-        table = _FLOAT32  # products without tensor cores
+        table = _FLOAT32[gradient]  # products without tensor cores
     else:
         table = (_WARPGROUPS if capability // 10 in (9, 10) else _WARPS)[gradient]
     return Config(*table[min(d for d in table if head_dim <= d)][extra])

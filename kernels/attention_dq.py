@@ -19,6 +19,16 @@ import triton.language as tl
 from bertgpt.kernels.primitives import keep_tile, key_tiles, score_gradients, sequence_spans
 
 
+@triton.jit
+def _products(rows, tile, PRECISION: tl.constexpr):
+    """rows tileᵀ. Scalar products keep a left operand that no turn changes whole in registers."""
+    if rows.dtype == tl.float32 and PRECISION == "ieee":
+        products = tl.trans(tl.dot(tile, tl.trans(rows), input_precision=PRECISION))
+    else:
+        products = tl.dot(rows, tl.trans(tile), input_precision=PRECISION)
+    return products
+
+
 # fmt: off
 @triton.jit(do_not_specialize=["len_q", "len_k", "num_tiles", "window_left", "window_right",
                                "threshold"])
@@ -110,8 +120,8 @@ def _attention_bwd_dq_kernel(
             mask_k = seen[:, None] & mask_d if EDGE else mask_d
             k = tl.load(k_ptrs + n * stride_kn, mask=mask_k, other=0.0)  # [BLOCK_N, BLOCK_D]
             v = tl.load(v_ptrs + n * stride_vn, mask=mask_k, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            scores = _products(q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+            grad_weights = _products(do, v, PRECISION)
             keep = None
             if seed_ptr is not None:
                 keep = keep_tile(seed_ptr, pid_bh, offs_m, n, threshold, BLOCK_M, BLOCK_N)

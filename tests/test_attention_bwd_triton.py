@@ -55,6 +55,8 @@ def gradients(function, inputs, grad_out, **call):
     """The function's gradients of q, k and v, in their own layouts."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves, **call)
+    if function is reference.attention and not out.requires_grad:  # there is nothing to attend
+        return [torch.zeros_like(x) for x in leaves]
     return torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
 
 
