@@ -21,7 +21,7 @@ from bertgpt.kernels.primitives import keep_tile, key_tiles, score_gradients, se
 
 @triton.jit
 def _products(rows, tile, PRECISION: tl.constexpr):
-    """rows tileᵀ. Scalar products keep a left operand that no turn changes whole in registers."""
+    """Products rows tileᵀ; scalar ones would keep a left operand that stays whole in registers."""
     if rows.dtype == tl.float32 and PRECISION == "ieee":
         products = tl.trans(tl.dot(tile, tl.trans(rows), input_precision=PRECISION))
     else:

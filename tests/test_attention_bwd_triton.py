@@ -55,9 +55,11 @@ def gradients(function, inputs, grad_out, **call):
     """The function's gradients of q, k and v, in their own layouts."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves, **call)
-    if function is reference.attention and not out.requires_grad:  # there is nothing to attend
+    if not out.requires_grad:  # the definition's, of nothing to attend
+        assert function is reference.attention
         return [torch.zeros_like(x) for x in leaves]
-    return torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+    unused = function is reference.attention  # of an empty batch
+    return torch.autograd.grad(out, leaves, grad_out.to(out.dtype), materialize_grads=unused)
 
 
 def triton_gradients(inputs, grad_out, **call):
