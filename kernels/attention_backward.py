@@ -57,7 +57,7 @@ _WARPGROUPS = {  # sm_90 and sm_100
              256: ((32, 32, 8, 1),) * 2},
 }
 _WARPS = {
-    "dq": {64: ((128, 32, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2),) * 2,
+    "dq": {64: ((128, 32, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2), (32, 64, 8, 2)),
            256: ((32, 32, 8, 1),) * 2},
     "dkdv": {64: ((32, 128, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2),) * 2,
              256: ((32, 32, 8, 1),) * 2},
@@ -172,10 +172,10 @@ def _attention_bwd_dkdv_kernel(
                 exists = tl.full([BLOCK_M], True, tl.int1)
                 if EDGE:
                     exists = (queries >= lo) & (queries < hi)
-                row_max = tl.load(stats_ptr + 2 * rows, mask=exists, other=float("-inf"))
-                live = row_max != float("-inf")  # a row that sees no key at all may hold NaN
+                row_max = tl.load(stats_ptr + 2 * rows, mask=exists, other=0.0)
+                row_log_sum = tl.load(stats_ptr + 2 * rows + 1, mask=exists, other=float("-inf"))
+                live = row_log_sum != float("-inf")  # a row that sees no key at all may hold NaN
                 mask_q = live[:, None] & mask_d if EDGE else mask_d
-                row_log_sum = tl.load(stats_ptr + 2 * rows + 1, mask=exists, other=0.0)
                 delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
                 q = tl.load(q_ptrs + m * stride_qm, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
                 do = tl.load(do_ptrs + m * stride_gm, mask=mask_q, other=0.0)
