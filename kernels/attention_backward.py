@@ -208,33 +208,21 @@ def _attention_bwd_dkdv_kernel(
     tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
+# fmt: off
 def attention_bwd(
-    grad_out: torch.Tensor,
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    **arguments: Any,
+    grad_out: torch.Tensor, out: torch.Tensor, stats: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, **arguments: Any,
 ) -> Mapping[str, torch.Tensor]:
     """Gradients of attention's output with regard to q, k and v.
 
-    Args:
-        grad_out: Like out, any strides.
-        out: The forward pass's output, contiguous.
-        stats: Its row statistics, as `attention_fwd` returns them.
-        q: As in the forward pass, as are k, v, scale and `attention_call`'s arguments.
-        k: See q.
-        v: See q.
-        scale: See q.
-        **arguments: See q.
+    grad_out is like out, of any strides; out and stats are what `attention_fwd` returned for the
+    call that q, k, v, scale and `attention_call`'s arguments repeat.
 
     Returns:
         Contiguous gradients by name: "q", "k", "v", each like its input; zero where nothing is
         seen, and in packed tokens of no sequence.
     """
+    # fmt: on
     mask = arguments["mask"]
     call = attention_call(q, k, **arguments)
     allocate = torch.zeros if call.packed else torch.empty  # packed: wrong spans leave gaps
