@@ -59,6 +59,8 @@ def _matrix(dtype: torch.dtype, wide: dict[int, str] = WIDE_MMA) -> dict[int, st
 
 def _attention(
     *,
+    backward: bool = False,
+    dropout: bool = False,
     dim: int = 64,
     dtype: torch.dtype = BF16,
     packed: bool = False,
@@ -70,6 +72,7 @@ def _attention(
     kv_heads: int = 12,
 ) -> object:
     from bertgpt.kernels.attention import attention_fwd
+    from bertgpt.kernels.attention_backward import attention_bwd
 
     batch, length, heads = 32, 512, 12
     leading = (batch * length,) if packed else (batch, length)
@@ -78,21 +81,25 @@ def _attention(
     if mask is not None:
         shape = (batch, 1, 1, length) if per_key else (batch, 1, length, length)
         mask_tensor = _meta(*shape, dtype=mask).expand(batch, heads, length, length)
-    return attention_fwd(
-        _meta(*leading, heads, dim, dtype=dtype),
-        _meta(*leading, kv_heads, dim, dtype=dtype),
-        _meta(*leading, kv_heads, dim, dtype=dtype),
-        mask=mask_tensor,
-        key_lengths=_meta(batch, dtype=torch.int32) if lengths else None,
-        causal=causal,
-        window=window,
-        scale=dim**-0.5,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=length if packed else None,
-        max_seqlen_k=length if packed else None,
-        return_lse=False,
-    )
+    q = _meta(*leading, heads, dim, dtype=dtype)
+    k, v = (_meta(*leading, kv_heads, dim, dtype=dtype) for _ in range(2))
+    call: dict[str, Any] = {
+        "mask": mask_tensor,
+        "key_lengths": _meta(batch, dtype=torch.int32) if lengths else None,
+        "causal": causal,
+        "window": window,
+        "scale": dim**-0.5,
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": length if packed else None,
+        "max_seqlen_k": length if packed else None,
+        "dropout_p": 0.1 if dropout else 0.0,
+        "seed": _meta(dtype=torch.int64) if dropout else None,
+    }
+    if backward:
+        rows = (heads, batch * length) if packed else (batch, heads, length)
+        return attention_bwd(q, q, _meta(*rows, 2, dtype=FP32), q, k, v, **call)
+    return attention_fwd(q, k, v, return_lse=False, return_stats=False, **call)
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -123,6 +130,40 @@ def _attention_cases() -> Iterator[Case]:
         yield _attention_case("bool mask", dim, FP32, {"mask": torch.bool})
     tf32 = partial(_with_tf32, partial(_attention, dtype=FP32, **packed_causal))
     yield Case("attention", "packed causal d64 tf32", tf32, NARROW_MMA)
+    for dim, dtype in ((64, BF16), (128, BF16), (256, BF16), (64, FP32)):
+        dropped = {**packed_causal, "dropout": True}
+        yield _attention_case("packed causal dropout", dim, dtype, dropped)
+
+
+def _attention_backward_cases() -> Iterator[Case]:
+    packed_causal: dict[str, Any] = {"packed": True, "causal": True}
+    variants: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
+        ("dense", 64, BF16, {}),
+        ("window, key lengths", 64, BF16, {"window": (128, 128), "lengths": True}),
+        ("packed causal GQA 4", 64, BF16, {**packed_causal, "kv_heads": 3}),
+        ("packed causal", 64, FP16, packed_causal),
+        ("additive key mask", 64, BF16, {"mask": FP32, "per_key": True}),
+        ("bool mask", 33, BF16, {"mask": torch.bool}),
+        ("bool mask", 64, FP32, {"mask": torch.bool}),
+    ]
+    for dim in (64, 128, 256):
+        variants += [
+            ("packed causal", dim, BF16, packed_causal),
+            ("packed causal", dim, FP32, packed_causal),
+            ("packed causal dropout", dim, BF16, {**packed_causal, "dropout": True}),
+            ("bool mask", dim, BF16, {"mask": torch.bool}),
+        ]
+    for dim in (31, 33, 255):  # rows that are no multiple of 16 bytes
+        variants.append(("packed causal", dim, BF16, packed_causal))
+    for name, dim, dtype, options in variants:
+        # The widest instruction that some tile has: small tiles leave sm_90's and sm_100's unused.
+        wide = dim in (64, 128) and dtype != FP32
+        matrix = WIDE_MMA if wide else NARROW_MMA
+        yield _attention_case(name, dim, dtype, {**options, "backward": True}, matrix)
+    call = partial(_attention, dtype=FP32, backward=True, **packed_causal)
+    yield Case(
+        "attention_backward", "packed causal d64 tf32", partial(_with_tf32, call), NARROW_MMA
+    )
 
 
 def _attention_case(
@@ -133,7 +174,7 @@ def _attention_case(
     matrix: dict[int, str] = WIDE_MMA,
 ) -> Case:
     return Case(
-        "attention",
+        "attention_backward" if options.get("backward") else "attention",
         f"{name} d{dim} {_NAMES[dtype]}",
         partial(_attention, dim=dim, dtype=dtype, **options),
         _matrix(dtype, matrix),
@@ -342,6 +383,7 @@ def _paged_case(
 
 CASES: tuple[Case, ...] = (
     *_attention_cases(),
+    *_attention_backward_cases(),
     *_linear_gelu_cases(),
     *_linear_cross_entropy_cases(),
     *_add_layer_norm_cases(),
@@ -354,6 +396,11 @@ def _attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     flags = (False, True)
     for dim, dtype_bytes, masked, aligned in product((16, 64, 80, 128, 256), (2, 4), flags, flags):
         yield capability, dim, dtype_bytes, masked, aligned
+
+
+def _attention_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for gradient, arguments in product(("dq", "dkdv"), _attention_domain(capability)):
+        yield gradient, *arguments
 
 
 def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
@@ -392,6 +439,7 @@ def _paged_attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
 # By op: the arguments that its `pick_config` is asked for on a given capability.
 DOMAINS: dict[str, Callable[[int], Iterator[tuple[Any, ...]]]] = {
     "attention": _attention_domain,
+    "attention_backward": _attention_backward_domain,
     "linear_gelu": _linear_gelu_domain,
     "linear_cross_entropy": _linear_cross_entropy_domain,
     "linear_cross_entropy_backward": _linear_cross_entropy_backward_domain,

@@ -45,8 +45,10 @@ def pick_config(capability: int, width: int) -> Config:
     return Config(1, chunk, triton.cdiv(width, chunk), num_warps)
 
 
-def unsupported(*, x: Tensor, **call: Any) -> str | None:
-    """Rows too wide for registers."""
+def unsupported(*, x: Tensor, dropout_p: float, **call: Any) -> str | None:
+    """Dropout, and rows too wide for registers."""
+    if dropout_p:
+        return "it has no dropout yet (dropout_p must be 0)"
     if x.shape[-1] > MAX_WIDTH:
         return f"rows of {x.shape[-1]} columns do not fit registers (at most {MAX_WIDTH})"
     return None

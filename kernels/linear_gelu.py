@@ -77,9 +77,9 @@ def pick_config(
     return Config(128, 128, block_k, num_warps=8, num_stages=3, max_registers=max_registers)
 
 
-def unsupported(**call: Any) -> str | None:
-    """Nothing beyond what no Triton kernel here does."""
-    return None
+def unsupported(*, dropout_p: float = 0.0, **call: Any) -> str | None:
+    """The dropout of `gelu_ffn`."""
+    return "it has no dropout yet (dropout_p must be 0)" if dropout_p else None
 
 
 @triton.jit

@@ -352,6 +352,9 @@ def test_autocast_and_flops():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         ops.attention(q, k, v)
     assert counter.get_total_flops() == 4 * 2 * 5 * 7 * 4 * 8
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        ops.attention(q.requires_grad_(), k, v).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * 2 * 5 * 7 * 4 * 8
 
 
 BAD = [

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from attention_calls import INF, MASKS, additive, qkv
 from cases import (
     HEAD_DIMS,
     KERNEL_DTYPES,
@@ -31,7 +32,7 @@ pytestmark = [
     # maximum over nothing but NaN, which it leaves to the exponentials.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-INF, NAN = float("inf"), float("nan")
+NAN = float("nan")
 TINY = kernel.Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, descriptors=False)
 TILES = {
     "16×16": TINY,
@@ -58,12 +59,6 @@ def picker(config):
     return pick
 
 
-def qkv(B=1, L=20, S=37, H=2, K=1, D=16, dtype=torch.float32, strided=False):
-    q = randn(B, L, H, D, dtype=dtype, strided=strided)
-    k, v = (randn(B, S, K, D, dtype=dtype, seed=i, strided=strided) for i in (1, 2))
-    return q, k, v
-
-
 def check(q, k, v, mask=None, factor=2.0, **call):
     """Output and lse against the definition, in memory that starts as NaN."""
     with poisoned_allocations():
@@ -77,41 +72,6 @@ def check(q, k, v, mask=None, factor=2.0, **call):
     assert_accurate(out, oracle, baseline, factor=factor, what="out")
     assert_accurate(lse, oracle_lse.double(), baseline_lse, factor=factor, what="lse")
     return out, lse
-
-
-def additive(*shape):
-    """Biases that are ordinary, −inf, and as large as float32 holds."""
-    bias = randn(*shape, seed=5)
-    choice = randn(*shape, seed=6)
-    bias = bias.masked_fill(choice > 1.0, -INF)
-    return bias.masked_fill(choice < -1.5, torch.finfo(torch.float32).min)
-
-
-MASKS = {
-    "none": {},
-    "causal": {"causal": True},
-    "window": {"window": (5, 3)},
-    "left": {"window": (0, -1)},
-    "right": {"window": (-1, 9)},
-    "causal window": {"causal": True, "window": (17, 4)},
-    "lengths": {"key_lengths": torch.tensor([21, 0])},
-    "bool": {"mask": randn(2, 1, 20, 37, seed=3) > 0},
-    "per key": {"mask": randn(2, 1, 1, 37, seed=3) > 0},
-    "per query": {"mask": randn(20, 1, seed=3) > 0},
-    "additive": {"mask": additive(2, 20, 37)},
-    "additive per key": {"mask": additive(37)},
-    "all": {
-        "causal": True,
-        "window": (25, 2),
-        "key_lengths": torch.tensor([33, 18], dtype=torch.int32),
-        "mask": randn(2, 2, 20, 37, seed=4) > -0.7,
-    },
-    "all additive": {
-        "causal": True,
-        "key_lengths": torch.tensor([36, 9]),
-        "mask": additive(20, 37),
-    },
-}
 
 
 @pytest.mark.parametrize("config", TILES)
@@ -301,8 +261,8 @@ def test_bad_cu_seqlens_stay_inside_the_tensors(tiles):
     """The launcher trusts no value: spans are cut to the tokens there are."""
     q, k, v = (banded_copy(randn(20, 1, 16, seed=i)) for i in range(3))
     cu = torch.tensor([0, 12, 9, 500], dtype=torch.int32)
-    out, _ = _launch(q.view, k.view, v.view, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=40)
-    alone, _ = _launch(
+    out, *_ = _launch(q.view, k.view, v.view, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=40)
+    alone, *_ = _launch(
         q.view[:12], k.view[:12], v.view[:12],
         cu_seqlens_q=cu[:2], cu_seqlens_k=cu[:2], max_seqlen_q=12,
     )  # fmt: skip
@@ -312,7 +272,13 @@ def test_bad_cu_seqlens_stay_inside_the_tensors(tiles):
 
 def _launch(q, k, v, **call):
     defaults = {"mask": None, "key_lengths": None, "causal": False, "window": (-1, -1)}
-    defaults |= {"scale": 0.25, "max_seqlen_k": None, "return_lse": False}
+    defaults |= {
+        "scale": 0.25,
+        "max_seqlen_k": None,
+        "return_lse": False,
+        "dropout_p": 0.0,
+        "seed": None,
+    }
     return kernel.attention_fwd(q, k, v, **{**defaults, **call})
 
 

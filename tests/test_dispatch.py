@@ -13,13 +13,17 @@ from bertgpt.ops import _dispatch
 from bertgpt.ops._dispatch import OPS
 
 
+def _on_cuda(*shape, **options):
+    with FakeTensorMode():
+        return torch.empty(shape or (1, 4, 2, 8), device="cuda", **options)
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """A checked attention call whose tensors say they are on a GPU of capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     _dispatch._warn_once.cache_clear()
-    with FakeTensorMode():
-        q = torch.empty(1, 4, 2, 8, device="cuda")
+    q = _on_cuda()
 
     def call(q=q, **kwargs):
         return OPS["attention"].check(q, q, q, **kwargs)
@@ -34,8 +38,8 @@ def test_triton_comes_first_on_a_gpu(on_a_gpu):
 
 
 def test_falling_past_triton_warns_once(on_a_gpu):
-    call = on_a_gpu(dropout_p=0.5, seed=1)
-    with pytest.warns(RuntimeWarning, match="runs on backend 'torch' on a GPU.*no dropout yet"):
+    call = on_a_gpu(_on_cuda(dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="runs on backend 'torch' on a GPU.*float64"):
         assert OPS["attention"].resolve(call) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -43,11 +47,12 @@ def test_falling_past_triton_warns_once(on_a_gpu):
 
 
 def test_strict_raises_where_it_would_fall(on_a_gpu):
-    call = on_a_gpu(dropout_p=0.5, seed=1)
+    wide = _on_cuda(dtype=torch.float64)
+    call = on_a_gpu(wide)
     with bertgpt.strict(), pytest.raises(bertgpt.BackendUnavailable, match="strict mode"):
         OPS["attention"].resolve(call)
     with bertgpt.strict():
-        assert OPS["attention"].resolve(on_a_gpu(dropout_p=0.5, seed=1, backend="torch")) == "torch"
+        assert OPS["attention"].resolve(on_a_gpu(wide, backend="torch")) == "torch"
 
 
 def test_strict_ends_with_its_block():
@@ -57,18 +62,16 @@ def test_strict_ends_with_its_block():
     assert not _dispatch._STRICT.get()
 
 
-@pytest.mark.parametrize(
-    ("tensor", "call", "words"),
-    [
-        ({}, {"dropout_p": 0.1, "seed": 0}, "no dropout"),
-        ({"dtype": torch.float64}, {}, "float64"),
-        ({"requires_grad": True}, {}, "no gradient"),
-    ],
-)
-def test_what_triton_refuses(on_a_gpu, tensor, call, words):
-    with FakeTensorMode():
-        q = torch.empty(1, 4, 2, 8, device="cuda", **tensor)
-    assert words in OPS["attention"].refusal("triton", on_a_gpu(q, **call))
+def test_what_triton_refuses(on_a_gpu):
+    attention, norm = OPS["attention"], OPS["add_layer_norm"]
+    assert "float64" in attention.refusal("triton", on_a_gpu(_on_cuda(dtype=torch.float64)))
+    x, weight = _on_cuda(4, 8), _on_cuda(8, requires_grad=True)
+    assert "no gradient" in norm.refusal("triton", norm.check(x, None, weight, None))
+    with torch.no_grad():
+        dropped = norm.check(x, None, weight, None, dropout_p=0.1, seed=0)
+    assert "no dropout" in norm.refusal("triton", dropped)
+    trained = on_a_gpu(_on_cuda(requires_grad=True), dropout_p=0.1, seed=0)
+    assert attention.refusal("triton", trained) is None
 
 
 def test_old_gpus_are_refused(on_a_gpu, monkeypatch):

@@ -120,13 +120,10 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
 )
 
 KERNELS: tuple[tuple[str, str, str, str], ...] = (
-    ("attention", "offs_m[:, None] + (diagonal + window", "offs_m[:, None] + (window", "diagonal"),
-    ("attention", "(diagonal - window_left)", "(diagonal - window_left - 1)", "left off by one"),
     ("attention", "seen = (keys >= lo) & (keys < hi)", "seen = keys >= lo", "no tail mask"),
     ("attention", "acc / l_i[:, None]", "acc", "no division"),
     ("attention", "m_i * unit + tl.log(l_i)", "m_i + tl.log(l_i)", "lse in powers of two"),
     ("attention", "h_kv = h // heads_per_kv", "h_kv = h % heads_per_kv", "KV head"),
-    ("attention", "scores += allowed", "scores -= allowed", "bias negated"),
     ("linear_gelu", "(z + 0.044715 *", "(z + 0.0447 *", "tanh constant"),
     ("linear_gelu", "0.7071067811865476", "0.7072", "erf argument"),
     ("linear_cross_entropy", "l_i * tl.exp2((m_i - shift) * LOG2E) + tl.sum(p, 1)",

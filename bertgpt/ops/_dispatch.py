@@ -155,8 +155,6 @@ def _triton_cannot(call: Call, has_gradient: bool) -> str | None:
     first = first_tensor(call)
     if call.get("needs_grad") and not has_gradient:
         return "it has no gradient yet and an input requires one (wrap the call in torch.no_grad())"
-    if call.get("dropout_p"):
-        return "it has no dropout yet (dropout_p must be 0)"
     if first.dtype == torch.float64:
         return "float64 is for the torch and reference backends"
     if first.device.type == "cpu":

@@ -1,0 +1,86 @@
+"""Mistakes planted in attention's kernels, forward and backward, are found by their gradients.
+
+As in `test_mutants`, but the planted function replaces the original wherever a kernel uses it, and
+gradients and dropout are measured too.
+"""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from test_mutants import ROOT, _mutate
+
+from bertgpt import ops
+from bertgpt.accuracy import measure
+from bertgpt.validation_cases import Sample, samples
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+# Device functions that the kernels of attention, forward and backward, share or split.
+ATTENTION: tuple[tuple[str, str, str, str], ...] = (
+    ("primitives", "keys <= queries + (diagonal + window", "keys <= queries + (window", "diagonal"),
+    ("primitives", "(diagonal - window_left)", "(diagonal - window_left - 1)", "left off by one"),
+    ("primitives", "scores += allowed", "scores -= allowed", "bias negated"),
+    ("primitives", "zeros + queries[:, None]", "zeros + 1 + queries[:, None]", "dropout's query"),
+    ("primitives", "tl.join(word_0, word_2)", "tl.join(word_1, word_2)", "a dropout word twice"),
+    ("primitives", "keep, grad_weights * keep_scale, 0.0", "keep, grad_weights, 0.0", "z of dS"),
+    ("primitives", "p * (grad_weights - delta)", "p * grad_weights", "no delta"),
+    ("primitives", "-diagonal, queries", "diagonal, queries", "query tiles"),
+    ("primitives", "queries, window_right, window_left,", "queries, window_left, window_right,",
+     "window not mirrored"),
+    ("attention", "tl.log2(l_i)", "tl.log(l_i)", "a natural log in the statistics"),
+    ("attention_dq", "(dq * scale)", "(dq)", "scale of dQ"),
+    ("attention_dq", "seen = (keys >= lo) & (keys < hi)", "seen = keys >= lo", "no tail mask"),
+    ("attention_dq", "h_kv = h // heads_per_kv", "h_kv = h % heads_per_kv", "KV head"),
+    ("attention_backward", "used_rows, dk * scale", "used_rows, dk", "scale of dK"),
+    ("attention_backward", "dv * keep_scale if", "dv if", "z of dV"),
+    ("attention_backward", "(h_kv + 1) * heads_per_kv", "h_kv * heads_per_kv + 1", "one head"),
+    ("attention_backward", "tl.where(key_first < used, len_q, 0)", "0", "no query"),
+    ("attention_backward", "used) - 1", "used) - 2", "last key"),
+)  # fmt: skip
+
+
+def _gradients(sample: Sample, **options: Any) -> list[torch.Tensor]:
+    """Output and gradients of q, k and v, each head's rows in one."""
+    leaves = [x.detach().clone().requires_grad_() for x in sample.args]
+    result = ops.attention(*leaves, **{**sample.kwargs, **options})
+    out = result[0] if isinstance(result, tuple) else result
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    found = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+    return [x.transpose(-2, -3).flatten(-2) for x in found]
+
+
+def _attention_survives() -> bool:
+    """Whether outputs and gradients are accurate on every sample, with dropout and without."""
+    for dtype, dropout_p in ((torch.float16, 0.3), (torch.float32, 0.0)):
+        for sample in samples("attention", dtype):
+            options = {"dropout_p": dropout_p, "seed": 11}
+            wide = sample.mapped(lambda t: t.double() if t.is_floating_point() else t)
+            oracle = _gradients(wide, backend="reference", **options)
+            baseline = _gradients(sample, backend="reference", **options)
+            actual = _gradients(sample, backend="triton", **options)
+            for got, want, low in zip(actual, oracle, baseline, strict=True):
+                if not measure(got, want, low, factor=3).accurate:
+                    return False
+    return True
+
+
+def test_the_original_gradients_survive():
+    assert _attention_survives()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "replacement"),
+    [mutant[:3] for mutant in ATTENTION],
+    ids=[f"{mutant[0]}: {mutant[3]}" for mutant in ATTENTION],
+)
+def test_gradient_mutant_is_killed(file, text, replacement, tmp_path, monkeypatch):
+    original = importlib.import_module(f"bertgpt.kernels.{file}")
+    mutant = _mutate(ROOT / "kernels" / f"{file}.py", text, replacement, tmp_path)
+    for user in ("attention", "attention_dq", "attention_backward"):
+        module = importlib.import_module(f"bertgpt.kernels.{user}")
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "fn") and value is vars(original).get(name):  # a jit function
+                monkeypatch.setattr(module, name, vars(mutant)[name])
+    assert not _attention_survives()
