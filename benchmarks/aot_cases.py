@@ -141,7 +141,7 @@ def _attention_case(
 
 
 def _linear_gelu(
-    *, tokens: int, width: int = 768, dtype: torch.dtype = BF16, approximate: str = "none"
+    *, tokens: int, width: int = 768, dtype: torch.dtype = BF16, **options: Any
 ) -> object:
     from bertgpt.kernels.linear_gelu import linear_gelu
 
@@ -149,8 +149,28 @@ def _linear_gelu(
         _meta(tokens, width, dtype=dtype),
         _meta(4 * width, width, dtype=dtype),
         _meta(4 * width, dtype=dtype),
+        **{"approximate": "none", **options},
+    )
+
+
+def _gelu_ffn_bwd(
+    *, tokens: int, width: int = 768, dtype: torch.dtype = BF16, approximate: str = "none"
+) -> object:
+    from bertgpt.kernels.linear_gelu_bwd import gelu_ffn_bwd
+
+    return gelu_ffn_bwd(
+        _meta(tokens, width, dtype=dtype),
+        _meta(width, 4 * width, dtype=dtype),
+        _meta(tokens, 4 * width, dtype=dtype),
         approximate=approximate,
     )
+
+
+def _gelu_bwd(*, dtype: torch.dtype = BF16, approximate: str) -> object:
+    from bertgpt.kernels.linear_gelu_bwd import gelu_bwd
+
+    dh, z = (_meta(16384, 3072, dtype=dtype) for _ in range(2))
+    return gelu_bwd(dh, z, approximate=approximate)
 
 
 def _linear_gelu_cases() -> Iterator[Case]:
@@ -176,6 +196,24 @@ def _linear_gelu_cases() -> Iterator[Case]:
         partial(_linear_gelu, tokens=16384, width=1001),
         WIDE_MMA,
     )
+
+
+def _linear_gelu_bwd_cases() -> Iterator[Case]:
+    op = "linear_gelu_bwd"
+    for form, approximate in (("erf", "none"), ("tanh", "tanh")):
+        keep = partial(_linear_gelu, tokens=16384, approximate=approximate, keep_z=True)
+        yield Case("linear_gelu", f"16384×768 {form} bf16, z kept", keep, WIDE_MMA)
+        for tokens in (16, 512, 16384):
+            call = partial(_gelu_ffn_bwd, tokens=tokens, approximate=approximate)
+            yield Case(op, f"ffn {tokens}×768 {form} bf16", call, WIDE_MMA)
+        yield Case(op, f"{form} bf16", partial(_gelu_bwd, approximate=approximate), NO_MMA)
+    for tokens in (16, 512, 16384):
+        call = partial(_gelu_ffn_bwd, tokens=tokens, dtype=FP32)
+        yield Case(op, f"ffn {tokens}×768 erf tf32", partial(_with_tf32, call), WIDE_MMA)
+    yield Case(op, "ffn 16384×768 erf fp32", call, NO_MMA)
+    odd = partial(_gelu_ffn_bwd, tokens=16384, width=1001)
+    yield Case(op, "ffn 16384×1001 erf bf16", odd, WIDE_MMA)
+    yield Case(op, "erf fp32", partial(_gelu_bwd, dtype=FP32, approximate="none"), NO_MMA)
 
 
 def _add_layer_norm(
@@ -295,6 +333,7 @@ def _paged_case(
 CASES: tuple[Case, ...] = (
     *_attention_cases(),
     *_linear_gelu_cases(),
+    *_linear_gelu_bwd_cases(),
     *_add_layer_norm_cases(),
     *_paged_write_cases(),
     *_paged_attention_cases(),
