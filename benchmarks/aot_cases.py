@@ -156,7 +156,7 @@ def _linear_gelu(
 def _gelu_ffn_bwd(
     *, tokens: int, width: int = 768, dtype: torch.dtype = BF16, approximate: str = "none"
 ) -> object:
-    from bertgpt.kernels.linear_gelu_bwd import gelu_ffn_bwd
+    from bertgpt.kernels.linear_gelu_backward import gelu_ffn_bwd
 
     return gelu_ffn_bwd(
         _meta(tokens, width, dtype=dtype),
@@ -167,7 +167,7 @@ def _gelu_ffn_bwd(
 
 
 def _gelu_bwd(*, dtype: torch.dtype = BF16, approximate: str) -> object:
-    from bertgpt.kernels.linear_gelu_bwd import gelu_bwd
+    from bertgpt.kernels.linear_gelu_backward import gelu_bwd
 
     dh, z = (_meta(16384, 3072, dtype=dtype) for _ in range(2))
     return gelu_bwd(dh, z, approximate=approximate)
@@ -199,7 +199,7 @@ def _linear_gelu_cases() -> Iterator[Case]:
 
 
 def _linear_gelu_bwd_cases() -> Iterator[Case]:
-    op = "linear_gelu_bwd"
+    op = "linear_gelu_backward"
     for form, approximate in (("erf", "none"), ("tanh", "tanh")):
         keep = partial(_linear_gelu, tokens=16384, approximate=approximate, keep_z=True)
         yield Case("linear_gelu", f"16384×768 {form} bf16, z kept", keep, WIDE_MMA)
@@ -217,7 +217,12 @@ def _linear_gelu_bwd_cases() -> Iterator[Case]:
 
 
 def _add_layer_norm(
-    *, width: int, dtype: torch.dtype = BF16, residual: bool = True, return_sum: bool = False
+    *,
+    width: int,
+    dtype: torch.dtype = BF16,
+    residual: bool = True,
+    return_sum: bool = False,
+    dropout_p: float = 0.0,
 ) -> object:
     from bertgpt.kernels.add_layer_norm import add_layer_norm
 
@@ -227,8 +232,24 @@ def _add_layer_norm(
         _meta(width, dtype=dtype),
         _meta(width, dtype=dtype),
         eps=1e-12,
+        dropout_p=dropout_p,
+        seed=torch.empty((), dtype=torch.int64, device="meta"),
         return_sum=return_sum,
     )
+
+
+def _add_layer_norm_bwd(
+    *, width: int, dtype: torch.dtype = BF16, dropout_p: float = 0.1, with_sum: bool = False
+) -> object:
+    from bertgpt.kernels.add_layer_norm_backward import add_layer_norm_bwd
+
+    x, residual, dy, dsum = (_meta(16384, width, dtype=dtype) for _ in range(4))
+    weight, bias = (_meta(width, dtype=dtype) for _ in range(2))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    return add_layer_norm_bwd(
+        dy, dsum if with_sum else None, x=x, residual=residual, weight=weight, bias=bias,
+        eps=1e-12, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
 
 
 _WIDTHS = (1, 64, 128, 384, 768, 1024, 1600, 4096, 8192, 16384)
@@ -240,6 +261,20 @@ def _add_layer_norm_cases() -> Iterator[Case]:
     yield _add_layer_norm_case("768 fp32", {"width": 768, "dtype": FP32})
     yield _add_layer_norm_case("768 bf16 with sum", {"width": 768, "return_sum": True})
     yield _add_layer_norm_case("768 bf16 no residual", {"width": 768, "residual": False})
+    for width in (768, 16384):
+        options = {"width": width, "dropout_p": 0.1}
+        yield _add_layer_norm_case(f"{width} bf16 dropout", options)
+
+
+def _add_layer_norm_bwd_cases() -> Iterator[Case]:
+    op = "add_layer_norm_backward"
+    for width in _WIDTHS[:-2]:
+        call = partial(_add_layer_norm_bwd, width=width)
+        yield Case(op, f"{width} bf16 dropout", call, NO_MMA)
+    plain = partial(_add_layer_norm_bwd, width=768, dropout_p=0.0)
+    yield Case(op, "768 bf16", plain, NO_MMA)
+    yield Case(op, "768 bf16 with sum", partial(plain, with_sum=True), NO_MMA)
+    yield Case(op, "768 fp32", partial(plain, dtype=FP32), NO_MMA)
 
 
 def _add_layer_norm_case(name: str, options: dict[str, Any]) -> Case:
@@ -335,6 +370,7 @@ CASES: tuple[Case, ...] = (
     *_linear_gelu_cases(),
     *_linear_gelu_bwd_cases(),
     *_add_layer_norm_cases(),
+    *_add_layer_norm_bwd_cases(),
     *_paged_write_cases(),
     *_paged_attention_cases(),
 )
@@ -359,6 +395,11 @@ def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:
         yield capability, width
 
 
+def _add_layer_norm_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for width in _WIDTHS[:-2]:
+        yield capability, width
+
+
 def _paged_write_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     for tokens, dim, dtype_bytes in product((1, 256, 16384), (16, 64, 80, 128, 256), (2, 4)):
         yield capability, tokens, 12, dim, dtype_bytes
@@ -374,6 +415,7 @@ DOMAINS: dict[str, Callable[[int], Iterator[tuple[Any, ...]]]] = {
     "attention": _attention_domain,
     "linear_gelu": _linear_gelu_domain,
     "add_layer_norm": _add_layer_norm_domain,
+    "add_layer_norm_backward": _add_layer_norm_backward_domain,
     "paged_write": _paged_write_domain,
     "paged_attention": _paged_attention_domain,
 }
