@@ -23,9 +23,18 @@ import torch
 import triton
 import triton.language as tl
 
+from bertgpt.kernels.attention_call import attention_call
 from bertgpt.kernels.descriptors import describable, describe_heads
 from bertgpt.kernels.device import compute_capability
-from bertgpt.kernels.primitives import LN2, LOG2E, key_tiles, packed_span, softmax_step
+from bertgpt.kernels.primitives import (
+    LN2,
+    LOG2E,
+    drop_weights,
+    key_tiles,
+    mask_scores,
+    sequence_spans,
+    softmax_step,
+)
 
 _SMALLEST_SCALE = 2.0**-126  # keeps scale 0 from turning the -inf of a masked score into NaN
 
@@ -77,8 +86,12 @@ def pick_config(
     return Config(*table[min(d for d in table if head_dim <= d)][masked], descriptors)
 
 
-def unsupported(*, mask: torch.Tensor | None, **call: Any) -> str | None:
+def unsupported(
+    *, mask: torch.Tensor | None, needs_grad: bool = False, **call: Any
+) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
+    if needs_grad and mask is not None and mask.requires_grad:
+        return "it has no gradient for a mask (give one that requires none, or backend='torch')"
     if mask is not None and mask.dtype == torch.float64:
         return "a float64 mask would lose its range: scores are added up in float32"
     return None
@@ -95,9 +108,11 @@ def _load_tile(desc, ptrs, b, row, h, offset, mask):
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["len_q", "len_k", "num_tiles_m", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["len_q", "len_k", "num_tiles_m", "window_left", "window_right",
+                            "threshold"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, out_ptr, lse_ptr,
+    stats_ptr,  # of each row m and log2 l, for the backward pass
     k_desc, v_desc,  # [B, S, K, D] or [1, T', K, D]; None: by pointer
     stride_qb, stride_qm, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -109,6 +124,7 @@ def _attention_fwd_kernel(
     num_heads, heads_per_kv, num_tiles_m,
     scale,  # unless NATURAL, its magnitude times log2 e
     window_left, window_right,
+    threshold, keep_scale,  # of dropout, where there is a seed
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_ADDITIVE: tl.constexpr,
     NATURAL: tl.constexpr,  # statistics in units of e, not of 2
@@ -124,12 +140,10 @@ def _attention_fwd_kernel(
     b = (pid_bh // num_heads).to(tl.int64)
     h = (pid_bh % num_heads).to(tl.int64)
     h_kv = h // heads_per_kv
-    start_q, start_k = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
-    desc_b = pid_bh // num_heads
-    if cu_q_ptr is not None:
-        start_q, len_q = packed_span(cu_q_ptr, b, len_q)
-        start_k, len_k = packed_span(cu_k_ptr, b, len_k)
-        desc_b = 0
+    start_q, len_q, start_k, len_k, used = sequence_spans(
+        cu_q_ptr, cu_k_ptr, key_lengths_ptr, b, len_q, len_k
+    )
+    desc_b = pid_bh // num_heads if cu_q_ptr is None else 0
     row_first = pid_m * BLOCK_M
     if row_first >= len_q:
         return
@@ -138,11 +152,8 @@ def _attention_fwd_kernel(
     # Query i sits on key i + diagonal, whatever key_lengths says (bottom-right alignment).
     diagonal = len_k - len_q
     row_last = tl.minimum(row_first + BLOCK_M, len_q) - 1
-    hi = len_k
-    if key_lengths_ptr is not None:
-        hi = tl.minimum(tl.maximum(tl.load(key_lengths_ptr + b), 0), len_k).to(tl.int32)
     lo, hi, tile_first, tile_last, full_first, full_count = key_tiles(
-        row_first, row_last, diagonal, hi, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        row_first, row_last, diagonal, used, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     SPLIT_LOOP: tl.constexpr = mask_ptr is None and not NATURAL
     if not SPLIT_LOOP:
@@ -156,6 +167,9 @@ def _attention_fwd_kernel(
     mask_d = (offs_d < HEAD_DIM)[None, :]
     if HEAD_DIM == BLOCK_D:
         mask_d = tl.full([1, BLOCK_D], True, tl.int1)  # a constant, which folds away
+    mask_base = mask_ptr
+    if mask_ptr is not None:
+        mask_base += b * stride_mb + h * stride_mh
     q_base = q_ptr + b * stride_qb + start_q * stride_qm + h * stride_qh
     k_base = k_ptr + b * stride_kb + start_k * stride_kn + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + start_k * stride_vn + h_kv * stride_vh
@@ -177,6 +191,7 @@ def _attention_fwd_kernel(
             k = _load_tile(k_desc, k_ptrs, desc_b, start_k + n, h_kv, n * stride_kn, mask_d)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i, scale, False)
+            p = drop_weights(p, seed_ptr, pid_bh, offs_m, n, threshold, BLOCK_M, BLOCK_N)
             v = _load_tile(v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, mask_d)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
@@ -195,31 +210,18 @@ def _attention_fwd_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if NATURAL:
             scores *= scale
-        inside = seen[None, :] & mask_m[:, None]  # [BLOCK_M, BLOCK_N]
-        visible = inside
-        if HAS_RIGHT:
-            visible &= keys[None, :] <= offs_m[:, None] + (diagonal + window_right)
-        if HAS_LEFT:
-            visible &= keys[None, :] >= offs_m[:, None] + (diagonal - window_left)
-        if mask_ptr is not None:
-            mask_base = mask_ptr + b * stride_mb + h * stride_mh
-            mask_keys = mask_base + keys.to(tl.int64) * stride_mn
-            if MASK_PER_QUERY:
-                mask_rows = offs_m.to(tl.int64) * stride_mm
-                allowed = tl.load(mask_keys[None, :] + mask_rows[:, None], mask=inside, other=0)
-            else:
-                allowed = tl.load(mask_keys, mask=seen, other=0)[None, :]
-            if IS_ADDITIVE:
-                allowed = allowed.to(tl.float32)
-                scores += allowed
-                allowed = allowed != float("-inf")
-            visible &= allowed
-            if MASK_PER_QUERY:
-                seen = tl.max(visible.to(tl.int32), 0) > 0
-            else:
-                seen &= tl.reshape(allowed, [BLOCK_N])
+        scores, visible, allowed = mask_scores(  # [BLOCK_M, BLOCK_N]
+            scores, offs_m[:, None], keys[None, :], mask_m[:, None], seen[None, :],
+            diagonal, window_left, window_right, mask_base, stride_mm, stride_mn,
+            HAS_LEFT, HAS_RIGHT, IS_ADDITIVE, MASK_PER_QUERY,
+        )  # fmt: skip
+        if MASK_PER_QUERY:
+            seen = tl.max(visible.to(tl.int32), 0) > 0
+        elif mask_ptr is not None:
+            seen &= tl.reshape(allowed, [BLOCK_N])
         scores = tl.where(visible, scores, float("-inf"))
         p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i, scale, NATURAL)
+        p = drop_weights(p, seed_ptr, pid_bh, offs_m, n, threshold, BLOCK_M, BLOCK_N)
         v = _load_tile(v_desc, v_ptrs, desc_b, start_k + n, h_kv, n * stride_vn, rows)
         if v_desc is not None or mask_ptr is not None:
             v = tl.where(seen[:, None], v, 0.0)
@@ -227,74 +229,65 @@ def _attention_fwd_kernel(
 
     # 6. A row without a key has l = 0: zeros, and ln 0 = -inf.
     out = tl.where(l_i[:, None] == 0.0, 0.0, acc / l_i[:, None])
+    if seed_ptr is not None:
+        out *= keep_scale
     out_base = out_ptr + b * stride_ob + start_q * stride_om + h * stride_oh
     out_ptrs = out_base + offs_m[:, None].to(tl.int64) * stride_om + offs_d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d)
+    rows = b * stride_lb + h * stride_lh + start_q + offs_m
     if lse_ptr is not None:
         unit = 1.0 if NATURAL else LN2
         lse = tl.where(l_i == 0.0, float("-inf"), m_i * unit + tl.log(l_i))
-        lse_ptrs = lse_ptr + b * stride_lb + h * stride_lh + start_q + offs_m
-        tl.store(lse_ptrs, lse, mask=mask_m)
+        tl.store(lse_ptr + rows, lse, mask=mask_m)
+    if stats_ptr is not None:  # apart, since beside a large bias their sum would lose ln l
+        tl.store(stats_ptr + 2 * rows, m_i, mask=mask_m)
+        tl.store(stats_ptr + 2 * rows + 1, tl.log2(l_i), mask=mask_m)
 
 
 # fmt: off
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
-    mask: torch.Tensor | None, key_lengths: torch.Tensor | None,
-    causal: bool, window: tuple[int, int], scale: float,
-    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None, max_seqlen_k: int | None, return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    scale: float, return_lse: bool, return_stats: bool = False, **arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Softmax attention in one pass; the arguments of `bertgpt.ops.attention`, checked by it.
 
     q [B, L, H, D], k and v [B, S, K, D], mask [B, H, L, S] of any strides; or q [T, H, D], k and v
     [T', K, D] with both cu_seqlens [B + 1] and max_seqlen_q, past which no query is computed. The
-    last stride of q, k and v is 1.
+    last stride of q, k and v is 1. Masks, packing and dropout: `attention_call`.
 
     Returns:
-        out like q, contiguous, and lse float32 [B, H, L] or [H, T] (natural log) or None.
+        out like q, contiguous; lse float32 [B, H, L] or [H, T] (natural log) or None; and float32
+        stats [B, H, L, 2] or [H, T, 2] that the backward pass wants, or None.
     """
     # fmt: on
-    index_tensors = (key_lengths, cu_seqlens_q, cu_seqlens_k)
-    indices = [x if x is None else x.contiguous() for x in index_tensors]
-    packed = cu_seqlens_q is not None
+    mask = arguments["mask"]
+    call = attention_call(q, k, **arguments)
     heads, dim = q.shape[-2:]
     len_q, len_k = q.shape[-3], k.shape[-3]
-    batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
-    longest = max_seqlen_q if max_seqlen_q is not None else len_q
+    rows = call.row_shape(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse_shape = (heads, len_q) if packed else (batch, heads, len_q)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if return_lse else None
-    if out.numel() == 0 or len_k == 0 or longest == 0:
-        return out.zero_(), lse.fill_(-math.inf) if lse is not None else None
+    lse = torch.empty(rows, dtype=torch.float32, device=q.device) if return_lse else None
+    stats = torch.empty((*rows, 2), dtype=torch.float32, device=q.device) if return_stats else None
+    if out.numel() == 0 or len_k == 0 or call.longest_q == 0:
+        for x in (lse, stats):
+            _ = x if x is None else x.fill_(-math.inf)
+        return out.zero_(), lse, stats
 
-    left, right = window[0], 0 if causal else window[1]
-    left = -1 if left >= len_k - 1 else left  # reaches the first key from the last query
-    right = -1 if right >= len_q - 1 and not causal else right
-    additive = mask is not None and mask.dtype != torch.bool
-    natural = additive or q.dtype == torch.float32
     folded = max(abs(scale) * LOG2E.value, _SMALLEST_SCALE)
-    ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    masked, aligned = mask is not None, describable(k) and describable(v)
-    config = pick_config(compute_capability(), dim, q.element_size(), masked, aligned)
-    tiles, block_d = triton.cdiv(longest, config.BLOCK_M), max(16, triton.next_power_of_2(dim))
+    seed, *drop = call.dropout
+    extra, aligned = mask is not None or seed is not None, describable(k) and describable(v)
+    config = pick_config(compute_capability(), dim, q.element_size(), extra, aligned)
+    tiles, block_d = triton.cdiv(call.longest_q, config.BLOCK_M), call.constants["BLOCK_D"]
     described = [describe_heads(x, config.BLOCK_N, block_d) for x in (k, v) if config.descriptors]
-    _attention_fwd_kernel[(batch * heads * tiles,)](
-        q, k, v, mask, *indices, out, lse, *(described or (None, None)),
-        *_strides(q, packed), *_strides(k, packed), *_strides(v, packed),
+    _attention_fwd_kernel[(call.batch * heads * tiles,)](
+        q, k, v, mask, *call.indices, seed, out, lse, stats, *(described or (None, None)),
+        *call.strides(q), *call.strides(k), *call.strides(v),
         *(mask.stride() if mask is not None else (0, 0, 0, 0)),
-        *_strides(out, packed), 0 if packed else heads * len_q, len_q,
+        *call.strides(out), *call.row_strides(q),
         len_q, len_k, heads, heads // k.shape[-2], tiles,
-        scale if natural else folded, left, right,
-        HEAD_DIM=dim, BLOCK_D=block_d, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, NATURAL=natural, IS_ADDITIVE=additive,
-        MASK_PER_QUERY=mask is not None and mask.stride(2) != 0,
-        NEGATE_Q=scale < 0 and not natural, PRECISION="ieee" if ieee else "tf32",
+        scale if call.natural else folded, *call.window, *drop,
+        **call.constants, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        NEGATE_Q=scale < 0 and not call.natural,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out, lse
-
-
-def _strides(x: torch.Tensor, packed: bool) -> tuple[int, ...]:
-    """Strides of batch, token and head; packed sequences are reached by their first token."""
-    return (0, *x.stride()[:2]) if packed else x.stride()[:3]
+    return out, lse, stats

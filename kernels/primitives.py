@@ -18,6 +18,23 @@ def packed_span(cu_seqlens_ptr, index, total):
 
 
 @triton.jit
+def sequence_spans(cu_q_ptr, cu_k_ptr, key_lengths_ptr, index, len_q, len_k):
+    """Sequence `index` of a batch: first query, queries, first key, keys, and keys in use.
+
+    Packed, the lengths given are all tokens; padded (no cu_seqlens), each sequence starts at 0 of
+    its own batch entry.
+    """
+    start_q, start_k = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    if cu_q_ptr is not None:
+        start_q, len_q = packed_span(cu_q_ptr, index, len_q)
+        start_k, len_k = packed_span(cu_k_ptr, index, len_k)
+    used = len_k
+    if key_lengths_ptr is not None:
+        used = tl.minimum(tl.maximum(tl.load(key_lengths_ptr + index), 0), len_k).to(tl.int32)
+    return start_q, len_q, start_k, len_k, used
+
+
+@triton.jit
 def key_tiles(
     row_first, row_last, diagonal, keys, window_left, window_right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -41,6 +58,91 @@ def key_tiles(
     full_first = tl.cdiv(full_lo, BLOCK_N)
     full_count = tl.maximum(tl.maximum(full_hi, 0) // BLOCK_N - full_first, 0)
     return lo, hi, lo // BLOCK_N, tl.cdiv(tl.maximum(hi, 0), BLOCK_N), full_first, full_count
+
+
+@triton.jit
+def query_tiles(
+    key_first, key_last, diagonal, queries, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The queries, of the first `queries`, that see keys key_first … key_last.
+
+    `key_tiles` seen from the other side: key j sits on query j - diagonal, and is seen from
+    window_right queries before it to window_left past it. Returns the same of queries.
+    """
+    return key_tiles(
+        key_first, key_last, -diagonal, queries, window_right, window_left,
+        HAS_RIGHT, HAS_LEFT, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit
+def mask_scores(
+    scores, queries, keys, query_inside, key_inside, diagonal, window_left, window_right,
+    mask_base, stride_mm, stride_mn,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_ADDITIVE: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """Scores with their bias, the pairs that may meet, and the part of the mask that was read.
+
+    Queries and keys are indices and `…_inside` says which exist, shaped to broadcast to the tile
+    [BLOCK_M, BLOCK_N] or to its transpose. Query i sits on key i + diagonal. Without
+    MASK_PER_QUERY one mask row serves every query. The mask read is 0 outside.
+    """
+    inside = key_inside & query_inside
+    visible = inside
+    if HAS_RIGHT:
+        visible &= keys <= queries + (diagonal + window_right)
+    if HAS_LEFT:
+        visible &= keys >= queries + (diagonal - window_left)
+    allowed = inside
+    if mask_base is not None:
+        mask_keys = mask_base + keys.to(tl.int64) * stride_mn
+        if MASK_PER_QUERY:
+            mask_rows = queries.to(tl.int64) * stride_mm
+            allowed = tl.load(mask_keys + mask_rows, mask=inside, other=0)
+        else:
+            allowed = tl.load(mask_keys, mask=key_inside, other=0)
+        if IS_ADDITIVE:
+            allowed = allowed.to(tl.float32)
+            scores += allowed
+            allowed = allowed != float("-inf")
+        visible &= allowed
+    return scores, visible, allowed
+
+
+@triton.jit
+def keep_tile(
+    seed_ptr, batch_head, queries, key_first, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which attention weights [BLOCK_M, BLOCK_N] dropout keeps, as docs/dropout.md defines.
+
+    One Philox counter serves four neighbouring keys; key_first is a multiple of four.
+    """
+    groups = key_first // 4 + tl.arange(0, BLOCK_N // 4)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(
+        tl.load(seed_ptr),
+        zeros + groups[None, :].to(tl.uint32),
+        zeros + queries[:, None].to(tl.uint32),
+        zeros + batch_head.to(tl.uint32),
+        zeros + 1,  # the stream of attention weights
+    )
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))  # key % 4 = 2·third + last
+    return tl.reshape(words, [BLOCK_M, BLOCK_N]) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def drop_weights(
+    p, seed_ptr, batch_head, queries, key_first, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention weights [BLOCK_M, BLOCK_N] with the dropped ones 0; as they are without a seed."""
+    if seed_ptr is not None:
+        keep = keep_tile(seed_ptr, batch_head, queries, key_first, threshold, BLOCK_M, BLOCK_N)
+        p = tl.where(keep, p, 0.0)
+    return p
 
 
 @triton.jit

@@ -301,8 +301,8 @@ def test_bad_cu_seqlens_stay_inside_the_tensors(tiles):
     """The launcher trusts no value: spans are cut to the tokens there are."""
     q, k, v = (banded_copy(randn(20, 1, 16, seed=i)) for i in range(3))
     cu = torch.tensor([0, 12, 9, 500], dtype=torch.int32)
-    out, _ = _launch(q.view, k.view, v.view, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=40)
-    alone, _ = _launch(
+    out, *_ = _launch(q.view, k.view, v.view, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=40)
+    alone, *_ = _launch(
         q.view[:12], k.view[:12], v.view[:12],
         cu_seqlens_q=cu[:2], cu_seqlens_k=cu[:2], max_seqlen_q=12,
     )  # fmt: skip
@@ -312,7 +312,7 @@ def test_bad_cu_seqlens_stay_inside_the_tensors(tiles):
 
 def _launch(q, k, v, **call):
     defaults = {"mask": None, "key_lengths": None, "causal": False, "window": (-1, -1)}
-    defaults |= {"scale": 0.25, "max_seqlen_k": None, "return_lse": False}
+    defaults |= {"scale": 0.25, "max_seqlen_k": None, "return_lse": False, "dropout_p": 0.0, "seed": None}
     return kernel.attention_fwd(q, k, v, **{**defaults, **call})
 
 

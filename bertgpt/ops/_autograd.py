@@ -1,54 +1,51 @@
-"""One autograd rule per op: the backward operator differentiates a recomputed forward.
+"""One autograd rule per op: its backward operator runs on the backend that ran the forward pass.
 
-Saved are the inputs alone. The backward pass is an operator of its own, `<op>_backward`, so a
-compiled graph holds one opaque call and a fused gradient kernel has a place to go.
+The backward pass is an operator of its own, `<op>_backward`, so a compiled graph holds one opaque
+call. Where the backend brings a gradient (`Backend.backward`), that runs; where it does not, the
+forward pass is computed again on `torch` (or `reference`, where that was asked for) and
+differentiated. Saved are the inputs, and those outputs that a gradient asks for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertgpt.ops._dispatch import LIBRARY, Op
+from bertgpt.ops._dispatch import LIBRARY, Call, Op
 
 
-def register_recomputed_backward(op: Op, outputs: int = 1) -> None:
+def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> None:
     """Registers `<op>_backward` and the autograd rule that calls it.
 
     Args:
         op: The forward op; `op.differentiable` names the inputs that receive gradients.
         outputs: How many of its leading outputs carry a gradient.
+        saved: Places of the outputs that a backend's own gradient reads.
     """
     name = f"{op.name}_backward"
     schema = str(op.overload._schema)
     arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
     LIBRARY.define(
-        f"{name}(Tensor[] grads, bool[] wanted, {arguments}) -> Tensor[]",
+        f"{name}(Tensor[] grads, Tensor[] saved, bool[] wanted, {arguments}) -> Tensor[]",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
-    def backward_op(grads: list[Tensor], wanted: list[bool], *values: Any) -> list[Tensor]:
+    def backward_op(
+        grads: list[Tensor], kept: list[Tensor], wanted: list[bool], *values: Any
+    ) -> list[Tensor]:
         call = op.bind(values)
-        backend = "reference" if call["backend"] == "reference" else "torch"
-        names = [n for n, want in zip(op.differentiable, wanted, strict=True) if want]
-        with torch.enable_grad():
-            leaves = {n: call[n].detach().requires_grad_() for n in names}
-            results = op.run(backend, {**call, **leaves})
-            results = (results,) if isinstance(results, Tensor) else results
-            pairs = [(r, g) for r, g in zip(results, grads, strict=False) if r.requires_grad]
-            if not pairs:
-                return [torch.zeros_like(leaf) for leaf in leaves.values()]
-            gradients = torch.autograd.grad(
-                [r for r, _ in pairs],
-                list(leaves.values()),
-                [g for _, g in pairs],
-                materialize_grads=True,
-            )
-        return [g.contiguous().clone() for g in gradients]
+        names = tuple(n for n, want in zip(op.differentiable, wanted, strict=True) if want)
+        by_name = op.gradients(call, grads, kept, names)
+        if by_name is None:
+            by_name = _differentiated(op, call, names, grads)
+        return [by_name[n].contiguous() for n in names]
 
-    def backward_fake(grads: list[Tensor], wanted: list[bool], *values: Any) -> list[Tensor]:
+    def backward_fake(
+        grads: list[Tensor], kept: list[Tensor], wanted: list[bool], *values: Any
+    ) -> list[Tensor]:
         call = op.bind(values)
         names = [n for n, want in zip(op.differentiable, wanted, strict=True) if want]
         return [call[n].new_empty(call[n].shape) for n in names]
@@ -58,17 +55,19 @@ def register_recomputed_backward(op: Op, outputs: int = 1) -> None:
     overload = getattr(torch.ops.bertgpt, name).default
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
+        tensors = (v if isinstance(v, Tensor) else None for v in inputs)
+        ctx.save_for_backward(*(output[place] for place in saved), *tensors)
         ctx.plain = tuple(None if isinstance(v, Tensor) else v for v in inputs)
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors[: len(saved)]
         values = [
             plain if tensor is None else tensor
-            for tensor, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)
+            for tensor, plain in zip(ctx.saved_tensors[len(saved) :], ctx.plain, strict=True)
         ]
         needed = dict(zip(op.fields, ctx.needs_input_grad, strict=True))
         wanted = [needed[n] for n in op.differentiable]
-        gradients = iter(overload(list(grads[:outputs]), wanted, *values))
+        gradients = iter(overload(list(grads[:outputs]), list(kept), wanted, *values))
         by_name = {
             n: next(gradients) for n, want in zip(op.differentiable, wanted, strict=True) if want
         }
@@ -77,3 +76,24 @@ def register_recomputed_backward(op: Op, outputs: int = 1) -> None:
     torch.library.register_autograd(
         f"bertgpt::{op.name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+def _differentiated(
+    op: Op, call: Call, names: tuple[str, ...], grads: list[Tensor]
+) -> Mapping[str, Tensor]:
+    """The gradients by autograd through the forward pass, computed again."""
+    backend = "reference" if call["backend"] == "reference" else "torch"
+    with torch.enable_grad():
+        leaves = {n: call[n].detach().requires_grad_() for n in names}
+        results = op.run(backend, {**call, **leaves})
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = [(r, g) for r, g in zip(results, grads, strict=False) if r.requires_grad]
+        if not pairs:
+            return {n: torch.zeros_like(leaf) for n, leaf in leaves.items()}
+        gradients = torch.autograd.grad(
+            [r for r, _ in pairs],
+            list(leaves.values()),
+            [g for _, g in pairs],
+            materialize_grads=True,
+        )
+    return {n: g.clone() for n, g in zip(names, gradients, strict=True)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -55,28 +55,44 @@ class Backend:
     Attributes:
         run: Takes the checked arguments by keyword and returns the registered op's outputs.
         refusal: Takes the same, with `needs_grad`, and says in words why it cannot run, or None.
+        backward: Takes the outputs' gradients, the outputs that were saved, the names of the inputs
+            to differentiate by, and the checked arguments by keyword; returns the gradients by
+            name. None where it has no gradient of its own.
     """
 
     run: Callable[..., Any]
     refusal: Callable[..., str | None] = lambda **call: None
+    backward: Callable[..., Mapping[str, torch.Tensor]] | None = None
 
 
-def triton_backend(module: str, run: Callable[..., Any]) -> Backend:
+def triton_backend(
+    module: str, run: Callable[..., Any], backward: Callable[..., Any] | None = None
+) -> Backend:
     """A backend of `bertgpt.kernels.<module>`, imported at its first use.
 
     `run` receives that module first, then the call; the module's `unsupported(**call)` refuses.
+    `backward` receives `bertgpt.kernels.<module>_backward` first, then what `Backend` says.
     """
 
     def execute(**call: Any) -> Any:
-        device = device_of(call)
-        # Triton launches on the current device, whichever the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with _current(device_of(call)):
             return run(_kernels(module), **call)
 
-    def refusal(**call: Any) -> str | None:
-        return _no_triton() or _triton_cannot(call) or _kernels(module).unsupported(**call)
+    def differentiate(*gradients: Any, **call: Any) -> Any:
+        assert backward is not None
+        with _current(device_of(call)):
+            return backward(_kernels(f"{module}_backward"), *gradients, **call)
 
-    return Backend(execute, refusal)
+    def refusal(**call: Any) -> str | None:
+        reason = _no_triton() or _triton_cannot(call, backward is not None)
+        return reason or _kernels(module).unsupported(**call)
+
+    return Backend(execute, refusal, differentiate if backward is not None else None)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels launch on the current device, whichever the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def cuda_backend(module: str, run: Callable[..., Any]) -> Backend:
@@ -86,9 +102,7 @@ def cuda_backend(module: str, run: Callable[..., Any]) -> Backend:
     """
 
     def execute(**call: Any) -> Any:
-        device = device_of(call)
-        # A launch goes to the current device, whichever the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with _current(device_of(call)):
             return run(_cuda(module), **call)
 
     def refusal(**call: Any) -> str | None:
@@ -133,13 +147,11 @@ def _no_triton() -> str | None:
     return None
 
 
-def _triton_cannot(call: Call) -> str | None:
+def _triton_cannot(call: Call, has_gradient: bool) -> str | None:
     """What no Triton kernel of this library does, whichever the op."""
     first = next(value for value in call.values() if isinstance(value, torch.Tensor))
-    if call.get("needs_grad"):
+    if call.get("needs_grad") and not has_gradient:
         return "it has no gradient yet and an input requires one (wrap the call in torch.no_grad())"
-    if call.get("dropout_p"):
-        return "it has no dropout yet (dropout_p must be 0)"
     if first.dtype == torch.float64:
         return "float64 is for the torch and reference backends"
     if first.device.type == "cpu":
@@ -210,6 +222,21 @@ class Op:
         arguments = {k: v for k, v in call.items() if k not in ("needs_grad", "backend")}
         with _without_autocast(device_of(call).type):
             return self.backends[name].run(**arguments)
+
+    def gradients(
+        self,
+        call: Call,
+        grads: Sequence[torch.Tensor],
+        saved: Sequence[torch.Tensor],
+        names: Sequence[str],
+    ) -> Mapping[str, torch.Tensor] | None:
+        """The gradients that the call's backend computes itself; None where it has none."""
+        backward = self.backends[self.resolve(call)].backward
+        if backward is None:
+            return None
+        arguments = {k: v for k, v in call.items() if k not in ("needs_grad", "backend")}
+        with _without_autocast(device_of(call).type):
+            return backward(grads, saved, names, **arguments)
 
     def refusal(self, name: str, call: Call) -> str | None:
         """Why backend `name` cannot run `call`, or None."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._autograd import register_recomputed_backward
+from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._dispatch import (
     Backend,
     Call,
@@ -141,4 +141,4 @@ _OP = Op(
     fake=_fake,
     differentiable=("x", "residual", "weight", "bias"),
 )
-register_recomputed_backward(_OP, outputs=2)
+register_backward(_OP, outputs=2)

@@ -5,6 +5,7 @@ Reading order: the public function, its checks, what the registered operator run
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._autograd import register_recomputed_backward
+from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
 
 MAX_HEAD_DIM = 256
@@ -79,7 +80,7 @@ def attention(
         max_seqlen_k=max_seqlen_k, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
         backend=backend,
     )  # fmt: skip
-    out, lse = _OP(call)
+    out, lse, _ = _OP(call)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -128,6 +129,7 @@ def _check(
                 f"cu_seqlens_q names {cu_seqlens_q.shape[0] - 1} sequences, "
                 f"cu_seqlens_k {cu_seqlens_k.shape[0] - 1}; they must agree"
             )
+    grad = needs_grad(q, k, v, mask)
     return {
         "q": q, "k": k, "v": v, "mask": mask, "key_lengths": key_lengths, "causal": bool(causal),
         "window": [window_left, window_right],
@@ -135,7 +137,7 @@ def _check(
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "dropout_p": dropout_p,
         "seed": checks.as_seed(seed, dropout_p), "return_lse": bool(return_lse),
-        "needs_grad": needs_grad(q, k, v, mask), "backend": backend,
+        "return_stats": grad, "needs_grad": grad, "backend": backend,
     }  # fmt: skip
 
 
@@ -230,8 +232,8 @@ def _longest(cu_seqlens: Tensor | None, given: int | None) -> int | None:
     return int(cu_seqlens.diff().amax()) if cu_seqlens.shape[0] > 1 else 0
 
 
-def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
-    """Calls a backend with what all of them want: unit last strides and both longest lengths."""
+def _prepared(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with what all backends want: unit last strides and both longest lengths."""
     for name in ("q", "k", "v"):
         if call[name].stride(-1) != 1:
             call[name] = call[name].contiguous()
@@ -239,47 +241,71 @@ def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
         longest = _longest(call[f"cu_seqlens_{side}"], call[f"max_seqlen_{side}"])
         call[f"max_seqlen_{side}"] = longest
     call["window"] = tuple(call["window"])
-    result = function(**call)
-    out, lse = result if call["return_lse"] else (result, _no_lse(call["q"]))
-    return out.contiguous(), lse.contiguous()
+    return call
 
 
-def _no_lse(q: Tensor) -> Tensor:
+def _run(function: Any, *, return_stats: bool, **call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Calls a PyTorch backend; its gradient computes the forward pass again, without statistics."""
+    result = function(**_prepared(call))
+    out, lse = result if call["return_lse"] else (result, _no_rows(call["q"]))
+    stats = _row_shape(call["q"], 2) if return_stats else (0,)
+    return out.contiguous(), lse.contiguous(), lse.new_zeros(stats)
+
+
+def _run_triton(kernels: Any, **call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, stats = kernels.attention_fwd(**_prepared(call))
+    return out, *(_no_rows(out) if rows is None else rows for rows in (lse, stats))
+
+
+def _differentiate_triton(
+    kernels: Any,
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_lse: bool,
+    return_stats: bool,
+    **call: Any,
+) -> Mapping[str, Tensor]:
+    return kernels.attention_bwd(*grads, *saved, **_prepared(call))
+
+
+def _no_rows(q: Tensor) -> Tensor:
     return q.new_empty(0, dtype=torch.float32)
 
 
-def _run_triton(kernels: Any, **call: Any) -> tuple[Tensor, Tensor]:
-    def launch(*, dropout_p: float, seed: Tensor | None, **arguments: Any) -> Any:
-        out, lse = kernels.attention_fwd(**arguments)
-        return (out, lse) if arguments["return_lse"] else out
-
-    return _run(launch, **call)
-
-
-def _fake(call: Call) -> tuple[Tensor, Tensor]:
-    q = call["q"]
-    if not call["return_lse"]:
-        return q.new_empty(q.shape), _no_lse(q)
+def _row_shape(q: Tensor, *last: int) -> tuple[int, ...]:
+    """[B, H, L] or [H, T], then `last`: values of each query and head."""
     *batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((*batch, heads, length), dtype=torch.float32)
+    return (*batch, heads, length, *last)
+
+
+def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    q = call["q"]
+    lse, stats = (_no_rows(q) for _ in range(2))
+    if call["return_lse"]:
+        lse = q.new_empty(_row_shape(q), dtype=torch.float32)
+    if call["return_stats"]:
+        stats = q.new_empty(_row_shape(q, 2), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, stats
 
 
 _OP = Op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? key_lengths, bool causal,"
     " int[] window, float scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
-    " SymInt? max_seqlen_k, float dropout_p, Tensor? seed, bool return_lse, bool needs_grad,"
-    " str? backend) -> (Tensor, Tensor)",
+    " SymInt? max_seqlen_k, float dropout_p, Tensor? seed, bool return_lse, bool return_stats,"
+    " bool needs_grad, str? backend) -> (Tensor, Tensor, Tensor)",
     check=_check,
     check_values=_check_values,
     backends={
-        "triton": triton_backend("attention", _run_triton),
+        "triton": triton_backend("attention", _run_triton, _differentiate_triton),
         "torch": Backend(lambda **call: _run(portable.attention, **call)),
         "reference": Backend(lambda **call: _run(reference.attention, **call)),
     },
     fake=_fake,
     differentiable=("q", "k", "v", "mask"),
 )
-register_recomputed_backward(_OP)
+register_backward(_OP, saved=(0, 2))
 
 
 @register_flop_formula(torch.ops.bertgpt.attention)

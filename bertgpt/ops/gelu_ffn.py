@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._autograd import register_recomputed_backward
+from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
 from bertgpt.ops.linear_gelu import check_approximate, check_linear
 
@@ -110,7 +110,7 @@ _OP = Op(
     fake=_fake,
     differentiable=("x", "w_in", "b_in", "w_out", "b_out"),
 )
-register_recomputed_backward(_OP)
+register_backward(_OP)
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.gelu_ffn)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._autograd import register_recomputed_backward
+from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._dispatch import (
     Backend,
     Call,
@@ -115,7 +115,7 @@ _OP = Op(
     fake=_fake,
     differentiable=("x", "w", "b"),
 )
-register_recomputed_backward(_OP)
+register_backward(_OP)
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.linear_gelu)

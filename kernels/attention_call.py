@@ -1,0 +1,97 @@
+"""What the launchers of attention, forward and backward, make of one call."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """A call as kernels see it.
+
+    Attributes:
+        packed: Whether tokens are [T, H, D] with cu_seqlens.
+        batch: B, sequences.
+        longest_q: No sequence has more queries.
+        longest_k: No sequence has more keys.
+        indices: key_lengths and both cu_seqlens, contiguous, or None.
+        window: (left, right), -1 where nothing is cut off; causal is a right bound of 0.
+        natural: Softmax statistics in units of e rather than 2.
+        dropout: Seed on the device (None without dropout), the least word that is kept, and the
+            factor of what is kept.
+        constants: Compile-time arguments that all kernels share.
+    """
+
+    packed: bool
+    batch: int
+    longest_q: int
+    longest_k: int
+    indices: tuple[torch.Tensor | None, ...]
+    window: tuple[int, int]
+    natural: bool
+    dropout: tuple[torch.Tensor | None, int, float]
+    constants: dict[str, Any]
+
+    def strides(self, x: torch.Tensor) -> tuple[int, ...]:
+        """Strides of batch, token and head; packed sequences are reached by their first token."""
+        return (0, *x.stride()[:2]) if self.packed else x.stride()[:3]
+
+    def row_shape(self, q: torch.Tensor) -> tuple[int, ...]:
+        """Shape of one value a query and head: [B, H, L] or [H, T]."""
+        *leading, length, heads, _ = q.shape
+        return (*leading, heads, length)
+
+    def row_strides(self, q: torch.Tensor) -> tuple[int, int]:
+        """Strides of batch and head in a contiguous tensor of `row_shape`."""
+        length, heads = q.shape[-3:-1]
+        return 0 if self.packed else heads * length, length
+
+
+# fmt: off
+def attention_call(
+    q: torch.Tensor, k: torch.Tensor, *,
+    mask: torch.Tensor | None, key_lengths: torch.Tensor | None,
+    causal: bool, window: tuple[int, int],
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None, max_seqlen_k: int | None,
+    dropout_p: float, seed: torch.Tensor | None,
+) -> AttentionCall:
+    """The arguments of `bertgpt.ops.attention`, checked by it, as kernels see them."""
+    # fmt: on
+    dim, len_q, len_k = q.shape[-1], q.shape[-3], k.shape[-3]
+    index_tensors = (key_lengths, cu_seqlens_q, cu_seqlens_k)
+    left, right = window[0], 0 if causal else window[1]
+    left = -1 if left >= len_k - 1 else left  # reaches the first key from the last query
+    right = -1 if right >= len_q - 1 and not causal else right
+    additive = mask is not None and mask.dtype != torch.bool
+    natural = additive or q.dtype == torch.float32
+    ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return AttentionCall(
+        packed=cu_seqlens_q is not None,
+        batch=q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1,
+        longest_q=len_q if max_seqlen_q is None else max_seqlen_q,
+        longest_k=len_k if max_seqlen_k is None else max_seqlen_k,
+        indices=tuple(x if x is None else x.contiguous() for x in index_tensors),
+        window=(left, right),
+        natural=natural,
+        dropout=_dropout(dropout_p, seed, q.device),
+        constants={
+            "HEAD_DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
+            "NATURAL": natural, "IS_ADDITIVE": additive,
+            "MASK_PER_QUERY": mask is not None and mask.stride(2) != 0,
+            "PRECISION": "ieee" if ieee else "tf32",
+        },
+    )  # fmt: skip
+
+
+def _dropout(
+    dropout_p: float, seed: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor | None, int, float]:
+    if dropout_p == 0.0 or seed is None:
+        return None, 0, 1.0
+    least = min(math.floor(dropout_p * 2**32), 2**32 - 1)  # of p = 1, the factor drops all
+    return seed.to(device), least, 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
