@@ -1,8 +1,8 @@
 """LayerNorm(dropout(x) + residual), the sum kept in registers from its statistics to its output.
 
 Maths: s = dropout(x) + r;  μ = Σ s / E;  σ² = Σ (s − μ)² / E;  y = (s − μ) / √(σ² + eps) · w + b,
-    all in float32 and rounded once. The variance is taken about the mean already found, in a second pass
-    over registers: Σ s² − E μ² would cancel.
+    in float32 and rounded once. The variance is taken about the mean already found, in a second
+    pass over registers: Σ s² − E μ² would cancel.
 Memory: x and r are read once, y (and s, when asked for) written once; w and b once per program,
     from the L2.
 Grid: one program per ROWS rows.
@@ -25,6 +25,7 @@ from bertgpt.kernels.dropout import dropout_arguments, keep_rows
 from bertgpt.kernels.layout import as_rows
 
 MAX_WIDTH = 16384  # 16 warps of 32 float32 a lane; twice that spills
+MAX_GRADIENT_WIDTH = 4096  # a row, its gradient and two sums in the registers of 8 warps
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def pick_config(capability: int, width: int) -> Config:
     return Config(1, chunk, triton.cdiv(width, chunk), num_warps)
 
 
-def unsupported(*, x: Tensor, **call: Any) -> str | None:
+def unsupported(*, x: Tensor, needs_grad: bool, **call: Any) -> str | None:
     """Rows too wide for registers."""
-    if x.shape[-1] > MAX_WIDTH:
-        return f"rows of {x.shape[-1]} columns do not fit registers (at most {MAX_WIDTH})"
+    width, most = x.shape[-1], MAX_GRADIENT_WIDTH if needs_grad else MAX_WIDTH
+    if width > most:
+        what = "and their gradients " if needs_grad else ""
+        return f"rows of {width} columns {what}do not fit registers (at most {most})"
     return None
 
 

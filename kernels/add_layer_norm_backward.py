@@ -24,11 +24,9 @@ from bertgpt.kernels.device import compute_capability, multiprocessor_count
 from bertgpt.kernels.dropout import dropout_arguments, keep_rows
 from bertgpt.kernels.layout import as_rows
 
-MAX_WIDTH = 4096  # a row, its gradient and two sums in the registers of 8 warps
-
 
 def pick_config(capability: int, width: int) -> Config:
-    """The cut for rows of `width` columns, 1 … MAX_WIDTH; the same on every capability so far."""
+    """The cut for `width` columns, 1 … MAX_GRADIENT_WIDTH; the same on every capability so far."""
     if width <= 2048:
         chunk = min(256, max(32, triton.next_power_of_2(width)))
         return Config(4 if width <= 128 else 1, chunk, triton.cdiv(width, chunk), num_warps=4)
@@ -122,7 +120,7 @@ def add_layer_norm_bwd(
     Args:
         grad_y: like x, the gradient of the normed rows.
         grad_sum: like x, the gradient of the sum, or None where that was not asked for.
-        x: [..., E], at most MAX_WIDTH columns.
+        x: [..., E], at most MAX_GRADIENT_WIDTH columns.
         residual: like x, or None.
         weight: [E].
         bias: [E] or None.

@@ -86,9 +86,7 @@ def pick_config(
     return Config(*table[min(d for d in table if head_dim <= d)][masked], descriptors)
 
 
-def unsupported(
-    *, mask: torch.Tensor | None, needs_grad: bool = False, **call: Any
-) -> str | None:
+def unsupported(*, mask: torch.Tensor | None, needs_grad: bool = False, **call: Any) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
     if needs_grad and mask is not None and mask.requires_grad:
         return "it has no gradient for a mask (give one that requires none, or backend='torch')"

@@ -90,7 +90,7 @@ def _tile_gradients(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_ADDITIVE: tl.constexpr,
     NATURAL: tl.constexpr, MASK_PER_QUERY: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """z ∘ p / (1 - p_drop)⁻¹, dS and the pairs that may meet, of a tile or its transpose.
+    """Z ∘ p / (1 - p_drop)⁻¹, dS and the pairs that may meet, of a tile or its transpose.
 
     scores are q kᵀ, grad_weights dO vᵀ. Without MASKED every pair may meet.
     """

@@ -1,10 +1,19 @@
-"""The dropout bits of docs/dropout.md, for a tile: Philox-4x32-10 by counter, four words each."""
+"""The dropout bits of docs/dropout.md, for a tile: Philox-4x32-10 by counter, four words each.
+
+`dropout_rows` is dropout by itself, where there is no kernel to fuse it with: x is read once and y
+written once, by one program for ROWS × COLS cells.
+"""
 
 import math
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor, device
+from torch import Tensor
+
+from bertgpt.kernels.layout import as_rows
+
+_ROWS, _COLS = 4, 512
 
 
 @triton.jit
@@ -24,10 +33,40 @@ def keep_rows(seed_ptr, rows, col_first, threshold, ROWS: tl.constexpr, COLS: tl
 
 
 def dropout_arguments(
-    dropout_p: float, seed: Tensor | None, where: device
+    dropout_p: float, seed: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, int, float]:
     """The seed in a kernel's reach (None where nothing is dropped), threshold, and kept scale."""
     if dropout_p == 0.0 or seed is None:
         return None, 0, 1.0
     scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return seed.to(where), math.floor(dropout_p * 2**32), scale
+    return seed.to(device), math.floor(dropout_p * 2**32), scale
+
+
+@triton.jit
+def _dropout_rows_kernel(
+    x_ptr, seed_ptr, y_ptr, R, E, threshold, keep_scale, stride_x,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(E, COLS)
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % tiles * COLS
+    cols = first + tl.arange(0, COLS)
+    mask = (rows < R)[:, None] & (cols < E)[None, :]  # [ROWS, COLS]
+    x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0)
+    keep = keep_rows(seed_ptr, rows, first, threshold, ROWS, COLS)
+    y = tl.where(keep, x.to(tl.float32) * keep_scale, 0.0)
+    y_ptrs = y_ptr + rows[:, None] * E + cols[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def dropout_rows(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of x [..., E] by (row, column), rows flattened; contiguous, or x itself at p = 0."""
+    seed, *drop = dropout_arguments(dropout_p, seed, x.device)
+    if seed is None or x.numel() == 0:
+        return x
+    rows, y = as_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (count, width), cells = rows.shape, (_ROWS, _COLS)
+    _dropout_rows_kernel[(triton.cdiv(count, _ROWS) * triton.cdiv(width, _COLS),)](
+        rows, seed, y, count, width, *drop, rows.stride(0), *cells, num_warps=4
+    )
+    return y

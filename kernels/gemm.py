@@ -53,9 +53,7 @@ def product_tile(
         elif TRANSPOSED:
             w = tl.load(w_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
         else:
-            w = tl.load(
-                w_ptrs, mask=(offs_k[:, None] < K - k) & (offs_n[None, :] < N), other=0.0
-            )
+            w = tl.load(w_ptrs, mask=(offs_k[:, None] < K - k) & (offs_n[None, :] < N), other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K if TRANSPOSED else BLOCK_K * stride_w

@@ -2,7 +2,7 @@
 
 Maths: z = Σ_k x[m, k] w[n, k] + b[n] in float32, then y = gelu(z), as in gelu.py.
 Memory: x and w are read once per tile row and column, through the L2; b once per tile; y is
-    written once. The [M, N] pre-activation z exists in memory only where a gradient will read it.
+    written once. The [M, N] pre-activation z never exists in memory.
 Grid: one program per BLOCK_M × BLOCK_N tile. Programs run down groups of GROUP_M tile rows before
     they move right, so that the programs alive together share a few slabs of x and w in the L2.
     Two programs fit an SM (registers and shared memory): one's GELU runs under the other's GEMM.
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertgpt.kernels.device import compute_capability, multiprocessor_count
+from bertgpt.kernels.dropout import dropout_rows
 from bertgpt.kernels.gelu import gelu
 from bertgpt.kernels.gemm import column_halves, grouped_tile, product_tile
 from bertgpt.kernels.layout import as_rows
@@ -82,7 +83,7 @@ def unsupported(**call: Any) -> str | None:
 
 @triton.jit
 def _linear_gelu_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr, z_ptr,
+    x_ptr, w_ptr, b_ptr, y_ptr,
     M, N, K,
     stride_xm, stride_wn,
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
@@ -99,17 +100,14 @@ def _linear_gelu_kernel(
 
     # 2. Epilogue in float32, rounded once.
     left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-    rows = offs_m[:, None] * N  # [BLOCK_M, 1]
+    rows = y_ptr + offs_m[:, None] * N  # [BLOCK_M, 1]
     for half in tl.static_range(2):
         z = left if half == 0 else right  # [BLOCK_M, BLOCK_N / 2]
         cols = pid_n.to(tl.int64) * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         if HAS_BIAS:
             z += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        cells = rows + cols[None, :]
-        mask = (offs_m < M)[:, None] & (cols < N)[None, :]
-        if z_ptr is not None:
-            tl.store(z_ptr + cells, z.to(z_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_ptr + cells, gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+        y = gelu(z, TANH).to(y_ptr.dtype.element_ty)
+        tl.store(rows + cols[None, :], y, mask=(offs_m < M)[:, None] & (cols < N)[None, :])
 
 
 @dataclass(frozen=True)
@@ -145,27 +143,21 @@ class Launch:
         }  # fmt: skip
 
 
-def linear_gelu(
-    x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str, keep_z: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """GELU(x wᵀ + b), x [..., K], w [N, K], b [N] → [..., N] in x's dtype.
-
-    With `keep_z` also z = x wᵀ + b, alike, which the gradient reads; else None.
-    """
+def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str) -> Tensor:
+    """GELU(x wᵀ + b), x [..., K], w [N, K], b [N] → [..., N] in x's dtype."""
     rows = as_rows(x)
     w = as_rows(w.to(x.dtype))  # float32 weights beside half inputs: rounded once, as torch does
     (m, k), n = rows.shape, w.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    z = torch.empty_like(y) if keep_z else None
     if y.numel() > 0:
         launch = Launch.of(rows, w, n)
         _linear_gelu_kernel[launch.grid(m, n)](
-            rows, w, rows if b is None else b.contiguous(), y, z,
+            rows, w, rows if b is None else b.contiguous(), y,
             m, n, k,
             rows.stride(0), w.stride(0),
             HAS_BIAS=b is not None, TANH=approximate == "tanh", **launch.options(k),
         )  # fmt: skip
-    return y, z
+    return y
 
 
 def gelu_ffn(
@@ -176,9 +168,10 @@ def gelu_ffn(
     b_out: Tensor | None,
     *,
     approximate: str,
-    keep_z: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
     """The feed-forward layer: `linear_gelu` up, then a plain GEMM down, which cuBLAS does best."""
-    hidden, z = linear_gelu(x, w_in, b_in, approximate=approximate, keep_z=keep_z)
-    b_out = None if b_out is None else b_out.to(x.dtype)
-    return F.linear(hidden, w_out.to(x.dtype), b_out), z
+    hidden = linear_gelu(x, w_in, b_in, approximate=approximate)
+    y = F.linear(hidden, w_out.to(x.dtype), None if b_out is None else b_out.to(x.dtype))
+    return dropout_rows(y, dropout_p, seed)

@@ -312,7 +312,13 @@ def test_bad_cu_seqlens_stay_inside_the_tensors(tiles):
 
 def _launch(q, k, v, **call):
     defaults = {"mask": None, "key_lengths": None, "causal": False, "window": (-1, -1)}
-    defaults |= {"scale": 0.25, "max_seqlen_k": None, "return_lse": False, "dropout_p": 0.0, "seed": None}
+    defaults |= {
+        "scale": 0.25,
+        "max_seqlen_k": None,
+        "return_lse": False,
+        "dropout_p": 0.0,
+        "seed": None,
+    }
     return kernel.attention_fwd(q, k, v, **{**defaults, **call})
 
 

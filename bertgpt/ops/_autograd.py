@@ -60,10 +60,11 @@ def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> 
         ctx.plain = tuple(None if isinstance(v, Tensor) else v for v in inputs)
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors[: len(saved)]
+        tensors = ctx.saved_tensors  # once: checkpointing computes them when asked
+        kept = tensors[: len(saved)]
         values = [
             plain if tensor is None else tensor
-            for tensor, plain in zip(ctx.saved_tensors[len(saved) :], ctx.plain, strict=True)
+            for tensor, plain in zip(tensors[len(saved) :], ctx.plain, strict=True)
         ]
         needed = dict(zip(op.fields, ctx.needs_input_grad, strict=True))
         wanted = [needed[n] for n in op.differentiable]
