@@ -31,9 +31,10 @@ def gelu(z, TANH: tl.constexpr):
 def gelu_and_slope(z, TANH: tl.constexpr):
     """GELU and its derivative of float32 z."""
     if TANH:
-        cdf = 1.0 / (1.0 + tl.exp2((z + 0.044715 * z * z * z) * -_TWO_LOG2E_ROOT))
-        spread = cdf * (1.0 - cdf)
-        # Far out the spread is 0 and z² may be inf.
+        # 1 − Φ is e Φ, which does not cancel. Far out e is 0 or inf, and z² may be inf.
+        e = tl.exp2((z + 0.044715 * z * z * z) * -_TWO_LOG2E_ROOT)
+        cdf = 1.0 / (1.0 + e)
+        spread = tl.where(cdf == 0.0, 0.0, e * cdf * cdf)  # Φ (1 − Φ)
         bend = tl.where(spread == 0.0, 0.0, spread * z * _TWO_ROOT * (1.0 + 0.134145 * z * z))
         return z * cdf, cdf + bend
     cdf = 0.5 + 0.5 * tl.erf(z * _ROOT_HALF)
