@@ -194,6 +194,26 @@ def _linear_gelu(
     )
 
 
+def _gelu_ffn_bwd(
+    *, tokens: int, width: int = 768, dtype: torch.dtype = BF16, approximate: str = "none"
+) -> object:
+    from bertgpt.kernels.linear_gelu_backward import gelu_ffn_bwd
+
+    x, grad = (_meta(tokens, width, dtype=dtype) for _ in range(2))
+    w_in, w_out = _meta(4 * width, width, dtype=dtype), _meta(width, 4 * width, dtype=dtype)
+    return gelu_ffn_bwd(
+        grad, ("x",), x=x, w_in=w_in, b_in=None, w_out=w_out, b_out=None, approximate=approximate,
+        dropout_p=0.1, seed=torch.empty((), dtype=torch.int64, device="meta"),
+    )  # fmt: skip
+
+
+def _linear_gelu_bwd(*, dtype: torch.dtype = BF16, approximate: str) -> object:
+    from bertgpt.kernels.linear_gelu_backward import linear_gelu_bwd
+
+    x, w, grad = (_meta(n, m, dtype=dtype) for n, m in ((16384, 768), (3072, 768), (16384, 3072)))
+    return linear_gelu_bwd(grad, ("x",), x=x, w=w, b=None, approximate=approximate)
+
+
 def _linear_gelu_cases() -> Iterator[Case]:
     for tokens, approximate in product((16, 512, 16384), ("none", "tanh")):
         yield Case(
@@ -267,8 +287,30 @@ def _linear_cross_entropy_cases() -> Iterator[Case]:
             yield Case(op, f"{width} tf32", partial(_with_tf32, call), WIDE_MMA)
 
 
+def _linear_gelu_bwd_cases() -> Iterator[Case]:
+    op = "linear_gelu_backward"
+    for form, approximate in (("erf", "none"), ("tanh", "tanh")):
+        for tokens in (16, 512, 16384):
+            call = partial(_gelu_ffn_bwd, tokens=tokens, approximate=approximate)
+            yield Case(op, f"ffn {tokens}×768 {form} bf16", call, WIDE_MMA)
+        yield Case(op, f"{form} bf16", partial(_linear_gelu_bwd, approximate=approximate), NO_MMA)
+    for tokens in (16, 512, 16384):
+        call = partial(_gelu_ffn_bwd, tokens=tokens, dtype=FP32)
+        yield Case(op, f"ffn {tokens}×768 erf tf32", partial(_with_tf32, call), WIDE_MMA)
+    yield Case(op, "ffn 16384×768 erf fp32", call, NO_MMA)
+    odd = partial(_gelu_ffn_bwd, tokens=16384, width=1001)
+    yield Case(op, "ffn 16384×1001 erf bf16", odd, WIDE_MMA)
+    plain = partial(_linear_gelu_bwd, dtype=FP32, approximate="none")
+    yield Case(op, "erf fp32", plain, NO_MMA)
+
+
 def _add_layer_norm(
-    *, width: int, dtype: torch.dtype = BF16, residual: bool = True, return_sum: bool = False
+    *,
+    width: int,
+    dtype: torch.dtype = BF16,
+    residual: bool = True,
+    return_sum: bool = False,
+    dropout_p: float = 0.0,
 ) -> object:
     from bertgpt.kernels.add_layer_norm import add_layer_norm
 
@@ -278,8 +320,24 @@ def _add_layer_norm(
         _meta(width, dtype=dtype),
         _meta(width, dtype=dtype),
         eps=1e-12,
+        dropout_p=dropout_p,
+        seed=torch.empty((), dtype=torch.int64, device="meta"),
         return_sum=return_sum,
     )
+
+
+def _add_layer_norm_bwd(
+    *, width: int, dtype: torch.dtype = BF16, dropout_p: float = 0.1, with_sum: bool = False
+) -> object:
+    from bertgpt.kernels.add_layer_norm_backward import add_layer_norm_bwd
+
+    x, residual, dy, dsum = (_meta(16384, width, dtype=dtype) for _ in range(4))
+    weight, bias = (_meta(width, dtype=dtype) for _ in range(2))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    return add_layer_norm_bwd(
+        dy, dsum if with_sum else None, x=x, residual=residual, weight=weight, bias=bias,
+        eps=1e-12, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
 
 
 _WIDTHS = (1, 64, 128, 384, 768, 1024, 1600, 4096, 8192, 16384)
@@ -291,6 +349,20 @@ def _add_layer_norm_cases() -> Iterator[Case]:
     yield _add_layer_norm_case("768 fp32", {"width": 768, "dtype": FP32})
     yield _add_layer_norm_case("768 bf16 with sum", {"width": 768, "return_sum": True})
     yield _add_layer_norm_case("768 bf16 no residual", {"width": 768, "residual": False})
+    for width in (768, 16384):
+        options = {"width": width, "dropout_p": 0.1}
+        yield _add_layer_norm_case(f"{width} bf16 dropout", options)
+
+
+def _add_layer_norm_bwd_cases() -> Iterator[Case]:
+    op = "add_layer_norm_backward"
+    for width in _WIDTHS[:-2]:
+        call = partial(_add_layer_norm_bwd, width=width)
+        yield Case(op, f"{width} bf16 dropout", call, NO_MMA)
+    plain = partial(_add_layer_norm_bwd, width=768, dropout_p=0.0)
+    yield Case(op, "768 bf16", plain, NO_MMA)
+    yield Case(op, "768 bf16 with sum", partial(plain, with_sum=True), NO_MMA)
+    yield Case(op, "768 fp32", partial(plain, dtype=FP32), NO_MMA)
 
 
 def _add_layer_norm_case(name: str, options: dict[str, Any]) -> Case:
@@ -386,7 +458,9 @@ CASES: tuple[Case, ...] = (
     *_attention_backward_cases(),
     *_linear_gelu_cases(),
     *_linear_cross_entropy_cases(),
+    *_linear_gelu_bwd_cases(),
     *_add_layer_norm_cases(),
+    *_add_layer_norm_bwd_cases(),
     *_paged_write_cases(),
     *_paged_attention_cases(),
 )
@@ -426,6 +500,11 @@ def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:
         yield capability, width
 
 
+def _add_layer_norm_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for width in _WIDTHS[:-2]:
+        yield capability, width
+
+
 def _paged_write_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     for tokens, dim, dtype_bytes in product((1, 256, 16384), (16, 64, 80, 128, 256), (2, 4)):
         yield capability, tokens, 12, dim, dtype_bytes
@@ -444,6 +523,7 @@ DOMAINS: dict[str, Callable[[int], Iterator[tuple[Any, ...]]]] = {
     "linear_cross_entropy": _linear_cross_entropy_domain,
     "linear_cross_entropy_backward": _linear_cross_entropy_backward_domain,
     "add_layer_norm": _add_layer_norm_domain,
+    "add_layer_norm_backward": _add_layer_norm_backward_domain,
     "paged_write": _paged_write_domain,
     "paged_attention": _paged_attention_domain,
 }

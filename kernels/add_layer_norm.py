@@ -1,8 +1,8 @@
-"""LayerNorm(x + residual), the sum kept in registers between its statistics and its output.
+"""LayerNorm(dropout(x) + residual), the sum kept in registers from its statistics to its output.
 
-Maths: s = x + r;  μ = Σ s / E;  σ² = Σ (s − μ)² / E;  y = (s − μ) / √(σ² + eps) · w + b, all in
-    float32 and rounded once. The variance is taken about the mean already found, in a second pass
-    over registers: Σ s² − E μ² would cancel.
+Maths: s = dropout(x) + r;  μ = Σ s / E;  σ² = Σ (s − μ)² / E;  y = (s − μ) / √(σ² + eps) · w + b,
+    in float32 and rounded once. The variance is taken about the mean already found, in a second
+    pass over registers: Σ s² − E μ² would cancel.
 Memory: x and r are read once, y (and s, when asked for) written once; w and b once per program,
     from the L2.
 Grid: one program per ROWS rows.
@@ -21,9 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bertgpt.kernels.device import compute_capability
+from bertgpt.kernels.dropout import dropout_arguments, keep_rows
 from bertgpt.kernels.layout import as_rows
 
 MAX_WIDTH = 16384  # 16 warps of 32 float32 a lane; twice that spills
+MAX_GRADIENT_WIDTH = 4096  # a row, its gradient and two sums in the registers of 8 warps
 
 
 @dataclass(frozen=True)
@@ -45,49 +47,65 @@ def pick_config(capability: int, width: int) -> Config:
     return Config(1, chunk, triton.cdiv(width, chunk), num_warps)
 
 
-def unsupported(*, x: Tensor, dropout_p: float, **call: Any) -> str | None:
-    """Dropout, and rows too wide for registers."""
-    if dropout_p:
-        return "it has no dropout yet (dropout_p must be 0)"
-    if x.shape[-1] > MAX_WIDTH:
-        return f"rows of {x.shape[-1]} columns do not fit registers (at most {MAX_WIDTH})"
+def unsupported(*, x: Tensor, needs_grad: bool, **call: Any) -> str | None:
+    """Rows too wide for registers."""
+    width, most = x.shape[-1], MAX_GRADIENT_WIDTH if needs_grad else MAX_WIDTH
+    if width > most:
+        what = "and their gradients " if needs_grad else ""
+        return f"rows of {width} columns {what}do not fit registers (at most {most})"
     return None
 
 
 @triton.jit
-def _add_layer_norm_kernel(
-    x_ptr, r_ptr, w_ptr, b_ptr, y_ptr, s_ptr,
-    R, E, eps,
+def sum_and_moments(
+    x_ptr, r_ptr, s_ptr, seed_ptr, rows, lanes, R, E, eps, threshold, keep_scale,
     stride_x, stride_r,
-    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_SUM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    lanes = tl.arange(0, CHUNK)[None, :]  # [1, CHUNK]
-
-    # 1. The sum, piece by piece, and its mean. Columns past E hold 0.
+    """Pieces [ROWS, CHUNK] of dropout(x) + residual in float32, their mean and 1/√(σ² + eps)."""
+    # The sum, piece by piece, and its mean. Columns past E hold 0.
     pieces = ()
     total = tl.zeros([ROWS], dtype=tl.float32)
     for i in tl.static_range(CHUNKS):
         cols = i * CHUNK + lanes
         mask = (rows < R) & (cols < E)  # [ROWS, CHUNK]
         s = tl.load(x_ptr + rows * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
+        if seed_ptr is not None:
+            keep = keep_rows(seed_ptr, rows, i * CHUNK, threshold, ROWS, CHUNK)
+            s = tl.where(keep, s * keep_scale, 0.0)
         if HAS_RESIDUAL:
             s += tl.load(r_ptr + rows * stride_r + cols, mask=mask, other=0.0).to(tl.float32)
-        if STORE_SUM:
+        if s_ptr is not None:
             tl.store(s_ptr + rows * E + cols, s.to(s_ptr.dtype.element_ty), mask=mask)
         total += tl.sum(s, axis=1)
         pieces = pieces + (s,)  # type: ignore  # noqa: RUF005 (no starred tuples in Triton)
     mean = (total / E)[:, None]  # [ROWS, 1]
-
-    # 2. The variance about that mean.
+    # The variance about that mean.
     squares = tl.zeros([ROWS], dtype=tl.float32)
     for i in tl.static_range(CHUNKS):
         centred = tl.where(i * CHUNK + lanes < E, pieces[i] - mean, 0.0)
         squares += tl.sum(centred * centred, axis=1)
-    rstd = (1.0 / tl.sqrt(squares / E + eps))[:, None]  # [ROWS, 1]
+    return pieces, mean, (1.0 / tl.sqrt(squares / E + eps))[:, None]
 
-    # 3. Scale, shift, round, store.
+
+@triton.jit(do_not_specialize=["threshold"])
+def _add_layer_norm_kernel(
+    x_ptr, r_ptr, w_ptr, b_ptr, seed_ptr, y_ptr, s_ptr,
+    R, E, eps, threshold, keep_scale,
+    stride_x, stride_r,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    # 1. The sum and its moments.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    lanes = tl.arange(0, CHUNK)[None, :]  # [1, CHUNK]
+    pieces, mean, rstd = sum_and_moments(
+        x_ptr, r_ptr, s_ptr, seed_ptr, rows, lanes, R, E, eps, threshold, keep_scale,
+        stride_x, stride_r, HAS_RESIDUAL, ROWS, CHUNK, CHUNKS,
+    )  # fmt: skip
+
+    # 2. Scale, shift, round, store.
     for i in tl.static_range(CHUNKS):
         cols = i * CHUNK + lanes
         y = (pieces[i] - mean) * rstd * tl.load(w_ptr + cols, mask=cols < E, other=0.0)
@@ -104,9 +122,11 @@ def add_layer_norm(
     bias: Tensor | None,
     *,
     eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
     return_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """LayerNorm(x + residual) over the last dimension, and the sum; contiguous, in x's dtype."""
+    """LayerNorm(dropout(x) + residual) over the last dimension, and the sum; contiguous, like x."""
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if return_sum else None
@@ -116,13 +136,14 @@ def add_layer_norm(
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows_r = rows_x if residual is None else as_rows(residual)
+    seed, *drop = dropout_arguments(dropout_p, seed, x.device)
     config = pick_config(compute_capability(), width)
     grid = (triton.cdiv(rows_x.shape[0], config.rows),)
     _add_layer_norm_kernel[grid](
-        rows_x, rows_r, weight, weight if bias is None else bias, y, y if total is None else total,
-        rows_x.shape[0], width, eps,
+        rows_x, rows_r, weight, weight if bias is None else bias, seed, y, total,
+        rows_x.shape[0], width, eps, *drop,
         rows_x.stride(0), rows_r.stride(0),
-        HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, STORE_SUM=return_sum,
+        HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
         ROWS=config.rows, CHUNK=config.chunk, CHUNKS=config.chunks, num_warps=config.num_warps,
     )  # fmt: skip
     return y, total

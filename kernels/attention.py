@@ -26,10 +26,10 @@ import triton.language as tl
 from bertgpt.kernels.attention_call import attention_call
 from bertgpt.kernels.descriptors import describable, describe_heads
 from bertgpt.kernels.device import compute_capability
+from bertgpt.kernels.dropout import drop_weights
 from bertgpt.kernels.primitives import (
     LN2,
     LOG2E,
-    drop_weights,
     key_tiles,
     mask_scores,
     sequence_spans,

@@ -28,9 +28,9 @@ from bertgpt.kernels.attention_call import attention_call
 from bertgpt.kernels.attention_dq import _attention_bwd_dq_kernel
 from bertgpt.kernels.descriptors import describable
 from bertgpt.kernels.device import compute_capability
+from bertgpt.kernels.dropout import keep_weights
 from bertgpt.kernels.primitives import (
     LOG2E,
-    keep_tile,
     query_tiles,
     score_gradients,
     sequence_spans,
@@ -184,7 +184,7 @@ def _attention_bwd_dkdv_kernel(
                 keep = None
                 if seed_ptr is not None:
                     batch_head = b * num_heads + h
-                    keep = tl.trans(keep_tile(
+                    keep = tl.trans(keep_weights(
                         seed_ptr, batch_head, queries, key_first, threshold, BLOCK_M, BLOCK_N
                     ))  # fmt: skip
                 weights, grad_scores, _ = score_gradients(

@@ -1,11 +1,12 @@
 """What the launchers of attention, forward and backward, make of one call."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
+
+from bertgpt.kernels.dropout import dropout_arguments
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def attention_call(
         indices=tuple(x if x is None else x.contiguous() for x in index_tensors),
         window=(left, right),
         natural=natural,
-        dropout=_dropout(dropout_p, seed, q.device),
+        dropout=dropout_arguments(dropout_p, seed, q.device),
         constants={
             "HEAD_DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
@@ -86,12 +87,3 @@ def attention_call(
             "PRECISION": "ieee" if ieee else "tf32",
         },
     )  # fmt: skip
-
-
-def _dropout(
-    dropout_p: float, seed: torch.Tensor | None, device: torch.device
-) -> tuple[torch.Tensor | None, int, float]:
-    if dropout_p == 0.0 or seed is None:
-        return None, 0, 1.0
-    least = min(math.floor(dropout_p * 2**32), 2**32 - 1)  # of p = 1, the factor drops all
-    return seed.to(device), least, 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0

@@ -16,7 +16,8 @@ Dims: B batch, L/S query/key length, H query heads, K KV heads, D head_dim padde
 import triton
 import triton.language as tl
 
-from bertgpt.kernels.primitives import keep_tile, key_tiles, score_gradients, sequence_spans
+from bertgpt.kernels.dropout import keep_weights
+from bertgpt.kernels.primitives import key_tiles, score_gradients, sequence_spans
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def _attention_bwd_dq_kernel(
             grad_weights = _products(do, v, PRECISION)
             keep = None
             if seed_ptr is not None:
-                keep = keep_tile(seed_ptr, pid_bh, offs_m, n, threshold, BLOCK_M, BLOCK_N)
+                keep = keep_weights(seed_ptr, pid_bh, offs_m, n, threshold, BLOCK_M, BLOCK_N)
             _, grad_scores, visible = score_gradients(
                 scores, grad_weights, offs_m[:, None], keys[None, :], mask_m[:, None],
                 seen[None, :], row_max[:, None], row_log_sum[:, None], delta[:, None], keep,

@@ -1,12 +1,8 @@
 """Linear layer with GELU in its epilogue: y = GELU(x wᵀ + b).
 
-Maths: z = Σ_k x[m, k] w[n, k] + b[n] in float32, then y = z Φ(z):
-    "none": Φ(z) = (1 + erf(z / √2)) / 2
-    "tanh": Φ(z) ≈ (1 + tanh u) / 2 = 1 / (1 + 2^(−2u log₂e)),  u = √(2/π) (z + 0.044715 z³)
-    The second form needs one exp2 and no difference of near-equal numbers; for large |z| its
-    exponential goes to 0 or to inf, both of which give the right limit.
+Maths: z = Σ_k x[m, k] w[n, k] + b[n] in float32, then y = gelu(z), as in gelu.py.
 Memory: x and w are read once per tile row and column, through the L2; b once per tile; y is
-    written once. The [M, N] pre-activation never exists in memory.
+    written once. The [M, N] pre-activation z never exists in memory.
 Grid: one program per BLOCK_M × BLOCK_N tile. Programs run down groups of GROUP_M tile rows before
     they move right, so that the programs alive together share a few slabs of x and w in the L2.
     Two programs fit an SM (registers and shared memory): one's GELU runs under the other's GEMM.
@@ -26,6 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertgpt.kernels.device import compute_capability, multiprocessor_count
+from bertgpt.kernels.dropout import dropout_rows
+from bertgpt.kernels.gelu import gelu
+from bertgpt.kernels.gemm import column_halves, grouped_tile, product_tile
 from bertgpt.kernels.layout import as_rows
 
 
@@ -77,18 +76,9 @@ def pick_config(
     return Config(128, 128, block_k, num_warps=8, num_stages=3, max_registers=max_registers)
 
 
-def unsupported(*, dropout_p: float = 0.0, **call: Any) -> str | None:
-    """The dropout of `gelu_ffn`."""
-    return "it has no dropout yet (dropout_p must be 0)" if dropout_p else None
-
-
-@triton.jit
-def _gelu(z, TANH: tl.constexpr):
-    if TANH:
-        TWO_LOG2E_ROOT: tl.constexpr = 2.302208198144325  # 2 log₂e √(2/π)
-        return z / (1.0 + tl.exp2(-TWO_LOG2E_ROOT * (z + 0.044715 * z * z * z)))
-    ROOT_HALF: tl.constexpr = 0.7071067811865476
-    return z * (0.5 + 0.5 * tl.erf(z * ROOT_HALF))
+def unsupported(**call: Any) -> str | None:
+    """Nothing beyond what no Triton kernel here does."""
+    return None
 
 
 @triton.jit
@@ -99,46 +89,58 @@ def _linear_gelu_kernel(
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # 1. Which tile: GROUP_M tile rows deep, then to the right.
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    rows_in_group = tl.minimum(tiles_m - first_m, GROUP_M)
-    pid_m = first_m + pid % (GROUP_M * tiles_n) % rows_in_group
-    pid_n = pid % (GROUP_M * tiles_n) // rows_in_group
-
-    # 2. Tile addresses, 64-bit. Rows past the edge read the last row and are never stored.
+    # 1. Which tile, and z = x wᵀ.
+    pid_m, pid_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + tl.minimum(offs_m, M - 1)[:, None] * stride_xm + offs_k[None, :]  # [M, K]
-    w_ptrs = w_ptr + tl.minimum(offs_n, N - 1)[None, :] * stride_wn + offs_k[:, None]  # [K, N]
+    acc = product_tile(
+        x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_wn,
+        True, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
-    # 3. z = x wᵀ, one K block at a time. Past K both sides load 0: their product must not be NaN.
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_ptrs)  # [BLOCK_K, BLOCK_N]
-        else:
-            mask_k = offs_k < K - k
-            x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-
-    # 4. Epilogue in float32, rounded once; half a tile at a time, which halves GELU's registers.
-    left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    # 2. Epilogue in float32, rounded once.
+    left, right = column_halves(acc, BLOCK_M, BLOCK_N)
     rows = y_ptr + offs_m[:, None] * N  # [BLOCK_M, 1]
     for half in tl.static_range(2):
         z = left if half == 0 else right  # [BLOCK_M, BLOCK_N / 2]
         cols = pid_n.to(tl.int64) * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         if HAS_BIAS:
             z += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        y = _gelu(z, TANH).to(y_ptr.dtype.element_ty)
+        y = gelu(z, TANH).to(y_ptr.dtype.element_ty)
         tl.store(rows + cols[None, :], y, mask=(offs_m < M)[:, None] & (cols < N)[None, :])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A product's options: whether products are IEEE float32, and its tile."""
+
+    ieee: bool
+    config: Config
+
+    @classmethod
+    def of(cls, x: Tensor, w: Tensor, n: int) -> Launch:
+        """For rows x [M, K] and a weight of either layout; n outputs."""
+        ieee = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        places = (x.shape[1], n, x.stride(0), w.stride(0), x.data_ptr(), w.data_ptr())
+        config = pick_config(
+            compute_capability(), x.dtype.itemsize, ieee, x.shape[0], n, multiprocessor_count(),
+            aligned=all(place % 16 == 0 for place in places),
+        )  # fmt: skip
+        return cls(ieee, config)
+
+    def grid(self, m: int, n: int) -> tuple[int]:
+        """One program a tile."""
+        return (triton.cdiv(m, self.config.block_m) * triton.cdiv(n, self.config.block_n),)
+
+    def options(self, k: int) -> dict[str, Any]:
+        """The kernel's compile-time arguments."""
+        c = self.config
+        return {
+            "PRECISION": "ieee" if self.ieee else "tf32", "EVEN_K": k % c.block_k == 0,
+            "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
+            "GROUP_M": c.group_m, "num_warps": c.num_warps, "num_stages": c.num_stages,
+            "maxnreg": c.max_registers,
+        }  # fmt: skip
 
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str) -> Tensor:
@@ -147,25 +149,14 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str) -> 
     w = as_rows(w.to(x.dtype))  # float32 weights beside half inputs: rounded once, as torch does
     (m, k), n = rows.shape, w.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    ieee = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    places = (k, n, rows.stride(0), w.stride(0), rows.data_ptr(), w.data_ptr())
-    config = pick_config(
-        compute_capability(), x.dtype.itemsize, ieee, m, n, multiprocessor_count(),
-        aligned=all(place % 16 == 0 for place in places),
-    )  # fmt: skip
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    _linear_gelu_kernel[grid](
-        rows, w, rows if b is None else b.contiguous(), y,
-        m, n, k,
-        rows.stride(0), w.stride(0),
-        HAS_BIAS=b is not None, TANH=approximate == "tanh",
-        PRECISION="ieee" if ieee else "tf32", EVEN_K=k % config.block_k == 0,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages,
-        maxnreg=config.max_registers,
-    )  # fmt: skip
+    if y.numel() > 0:
+        launch = Launch.of(rows, w, n)
+        _linear_gelu_kernel[launch.grid(m, n)](
+            rows, w, rows if b is None else b.contiguous(), y,
+            m, n, k,
+            rows.stride(0), w.stride(0),
+            HAS_BIAS=b is not None, TANH=approximate == "tanh", **launch.options(k),
+        )  # fmt: skip
     return y
 
 
@@ -177,7 +168,10 @@ def gelu_ffn(
     b_out: Tensor | None,
     *,
     approximate: str,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """The feed-forward layer: `linear_gelu` up, then a plain GEMM down, which cuBLAS does best."""
     hidden = linear_gelu(x, w_in, b_in, approximate=approximate)
-    return F.linear(hidden, w_out.to(x.dtype), None if b_out is None else b_out.to(x.dtype))
+    y = F.linear(hidden, w_out.to(x.dtype), None if b_out is None else b_out.to(x.dtype))
+    return dropout_rows(y, dropout_p, seed)

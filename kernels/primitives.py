@@ -112,40 +112,6 @@ def mask_scores(
 
 
 @triton.jit
-def keep_tile(
-    seed_ptr, batch_head, queries, key_first, threshold,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Which attention weights [BLOCK_M, BLOCK_N] dropout keeps, as docs/dropout.md defines.
-
-    One Philox counter serves four neighbouring keys; key_first is a multiple of four.
-    """
-    groups = key_first // 4 + tl.arange(0, BLOCK_N // 4)
-    zeros = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
-    word_0, word_1, word_2, word_3 = tl.philox(
-        tl.load(seed_ptr),
-        zeros + groups[None, :].to(tl.uint32),
-        zeros + queries[:, None].to(tl.uint32),
-        zeros + batch_head.to(tl.uint32),
-        zeros + 1,  # the stream of attention weights
-    )
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))  # key % 4 = 2·third + last
-    return tl.reshape(words, [BLOCK_M, BLOCK_N]) >= threshold.to(tl.uint32)
-
-
-@triton.jit
-def drop_weights(
-    p, seed_ptr, batch_head, queries, key_first, threshold,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Attention weights [BLOCK_M, BLOCK_N] with the dropped ones 0; as they are without a seed."""
-    if seed_ptr is not None:
-        keep = keep_tile(seed_ptr, batch_head, queries, key_first, threshold, BLOCK_M, BLOCK_N)
-        p = tl.where(keep, p, 0.0)
-    return p
-
-
-@triton.jit
 def score_gradients(
     scores, grad_weights, queries, keys, query_inside, key_inside, row_max, row_log_sum, delta,
     keep, mask_base, stride_mm, stride_mn, diagonal, window_left, window_right, scale, keep_scale,

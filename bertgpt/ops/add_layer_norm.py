@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,8 +113,21 @@ def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
     return y.contiguous(), total.contiguous()
 
 
-def _run_triton(kernels: Any, *, dropout_p: float, seed: Tensor | None, **call: Any) -> Any:
+def _run_kernel(kernels: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
     return kernels.add_layer_norm(**call)
+
+
+def _differentiate_triton(
+    kernels: Any,
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_sum: bool,
+    **call: Any,
+) -> dict[str, Tensor]:
+    grad_y, grad_sum = grads
+    return kernels.add_layer_norm_bwd(grad_y, grad_sum if return_sum else None, **call)
 
 
 def _fake(call: Call) -> tuple[Tensor, Tensor]:
@@ -127,8 +141,8 @@ _OP = Op(
     " -> (Tensor, Tensor)",
     check=_check,
     backends={
-        "cuda": cuda_backend("add_layer_norm", lambda kernels, **c: kernels.add_layer_norm(**c)),
-        "triton": triton_backend("add_layer_norm", _run_triton),
+        "cuda": cuda_backend("add_layer_norm", _run_kernel),
+        "triton": triton_backend("add_layer_norm", _run_kernel, _differentiate_triton),
         "torch": Backend(lambda **call: _run(portable.add_layer_norm, **call)),
         "reference": Backend(lambda **call: _run(reference.add_layer_norm, **call)),
     },

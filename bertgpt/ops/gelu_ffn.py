@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,8 +91,18 @@ def _run(function: Any, **call: Any) -> Tensor:
     return function(**call).contiguous()
 
 
-def _run_triton(kernels: Any, *, dropout_p: float, seed: Tensor | None, **call: Any) -> Tensor:
+def _run_triton(kernels: Any, **call: Any) -> Tensor:
     return kernels.gelu_ffn(**call)
+
+
+def _differentiate_triton(
+    kernels: Any,
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    **call: Any,
+) -> dict[str, Tensor]:
+    return kernels.gelu_ffn_bwd(grads[0], names, **call)
 
 
 def _fake(call: Call) -> Tensor:
@@ -103,7 +114,7 @@ _OP = Op(
     " float dropout_p, Tensor? seed, bool needs_grad, str? backend) -> Tensor",
     check=_check,
     backends={
-        "triton": triton_backend("linear_gelu", _run_triton),
+        "triton": triton_backend("linear_gelu", _run_triton, _differentiate_triton),
         "torch": Backend(lambda **call: _run(portable.gelu_ffn, **call)),
         "reference": Backend(lambda **call: _run(reference.gelu_ffn, **call)),
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,16 @@ def _run(function: Any, **call: Any) -> Tensor:
     return function(**call).contiguous()
 
 
+def _differentiate_triton(
+    kernels: Any,
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    **call: Any,
+) -> dict[str, Tensor]:
+    return kernels.linear_gelu_bwd(grads[0], names, **call)
+
+
 def _fake(call: Call) -> Tensor:
     return call["x"].new_empty((*call["x"].shape[:-1], call["w"].shape[0]))
 
@@ -108,7 +119,9 @@ _OP = Op(
     check=_check,
     backends={
         "cuda": cuda_backend("linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c)),
-        "triton": triton_backend("linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c)),
+        "triton": triton_backend(
+            "linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c), _differentiate_triton
+        ),
         "torch": Backend(lambda **call: _run(portable.linear_gelu, **call)),
         "reference": Backend(lambda **call: _run(reference.linear_gelu, **call)),
     },
