@@ -6,7 +6,7 @@ Maths: with p = exp(z − lse) and row gradients g, δ[t, v] = g[t] (p[t, v] −
     back in float32: the mean of thousands of rows would push p below the smallest half number.
 Memory: δ exists for `Slab.rows` rows and `Slab.columns` tokens at a time, written once and read
     twice, mostly through the L2; with it the slab's rows of x (gathered, labelled ones first) and
-    their dx in float32: `slab_of` holds all three under 64 MB at the usual widths. A kernel that
+    their dx in float32: `slab_of` holds all of it under 64 MB at the usual widths. A kernel that
     kept δ on chip would need a whole row of dx, or of dw, beside it, BLOCK_M · E floats: more than
     an SM's registers at E = 768; split over E it would compute the scores again for every part.
 Order: rows outside, tokens inside. dx gathers over tokens in float32 and is rounded once; dw
@@ -39,7 +39,8 @@ from bertgpt.kernels.linear_cross_entropy import (
 )
 from bertgpt.kernels.primitives import LOG2E, grouped_tile, product_tile
 
-_BYTES = 60_000_000  # of a slab: δ, x and dx
+_BYTES = 54_000_000  # of a slab: δ, x and dx
+_WEIGHT_BYTES = 8_000_000  # of its rows of w, which may have to be rounded to half
 _MOST_ROWS = 4096
 _TILE = 128
 # Roundings of a half dw whose parts grow alike: 8 add 2.1 times one rounding's rms error.
@@ -58,7 +59,7 @@ def slab_of(rows: int, tokens: int, width: int, itemsize: int, half_weights: boo
     """The slab of a [rows, tokens] δ over `width` inputs.
 
     x and dx take up to 3/8 of the bytes, δ the rest. From 8 · 4096 rows on, half weights ask for
-    more rows a slab, and past 64k rows of 768 then also for more bytes.
+    more rows a slab, and beyond about 64k rows of 768 then also for more bytes.
     """
     row_bytes = max(width * (itemsize + 4), 1)
     most = min(_MOST_ROWS, _BYTES * 3 // 8 // row_bytes)
@@ -66,7 +67,8 @@ def slab_of(rows: int, tokens: int, width: int, itemsize: int, half_weights: boo
         most = max(most, triton.cdiv(rows, _HALF_SLABS))
     slab_rows = _whole(min(most, rows))
     rest = max(_BYTES - slab_rows * row_bytes, _BYTES * 3 // 8)
-    columns = rest // (slab_rows * itemsize) // _TILE * _TILE
+    columns = min(rest // slab_rows, _WEIGHT_BYTES // max(width, 1)) // itemsize
+    columns = columns // _TILE * _TILE
     return Slab(slab_rows, min(max(columns, _TILE), _whole(tokens)))
 
 
@@ -215,7 +217,8 @@ def row_losses_backward(
         if "hidden" in wanted:
             outputs["hidden"].index_copy_(0, order[span], dx_part.to(x.dtype))
     outputs["hidden"] = outputs["hidden"].view(hidden.shape if "hidden" in wanted else 0)
-    outputs["bias"] = outputs["bias"].to(w.dtype)
+    if bias is not None:
+        outputs["bias"] = outputs["bias"].to(bias.dtype)
     return {name: outputs[name] for name in wanted}
 
 

@@ -93,7 +93,8 @@ def row_losses_backward(
         if bias is not None:
             outputs["bias"][slab] = grad_b_C.mul_(scale)
     rows_RE = outputs["hidden"].mul_(scale).to(hidden.dtype)
-    outputs["hidden"] = hidden.new_zeros(hidden.shape).masked_scatter_(kept[..., None], rows_RE)
+    outputs["hidden"] = hidden.new_zeros(hidden.shape)
+    outputs["hidden"][kept] = rows_RE
     return {name: outputs[name] for name in wanted}
 
 
