@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bertgpt.kernels.device import compute_capability
+from bertgpt.kernels.gemm import grouped_tile, product_tile
 from bertgpt.kernels.layout import as_rows
-from bertgpt.kernels.primitives import LOG2E, grouped_tile, product_tile
+from bertgpt.kernels.primitives import LOG2E
 
 _MERGE_ROWS = 128
 # Float32 weights beside half inputs are rounded a slab at a time: never a second copy of the whole.

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertgpt.kernels.gemm import grouped_tile, product_tile
 from bertgpt.kernels.layout import as_rows
 from bertgpt.kernels.linear_cross_entropy import (
     Config,
@@ -37,7 +38,7 @@ from bertgpt.kernels.linear_cross_entropy import (
     products_are_ieee,
     vocabulary_slabs,
 )
-from bertgpt.kernels.primitives import LOG2E, grouped_tile, product_tile
+from bertgpt.kernels.primitives import LOG2E
 
 _BYTES = 54_000_000  # of a slab: δ, x and dx
 _WEIGHT_BYTES = 8_000_000  # of its rows of w, which may have to be rounded to half

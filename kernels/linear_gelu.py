@@ -89,21 +89,25 @@ def _linear_gelu_kernel(
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # 1. Which tile, and z = x wᵀ.
-    pid_m, pid_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = product_tile(
-        x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_wn,
-        True, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    # 1. Which tile; its rows past the edge read the last row, and are never stored.
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + tl.minimum(offs_m, M - 1)[:, None] * stride_xm + offs_k[None, :]  # [M, K]
+    w_ptrs = w_ptr + tl.minimum(offs_n, N - 1)[None, :] * stride_wn + offs_k[:, None]  # [K, N]
 
-    # 2. Epilogue in float32, rounded once.
+    # 2. z = x wᵀ. Past K both sides load 0: their product must not be NaN.
+    acc = product_tile(
+        x_ptrs, w_ptrs, None, K, 1, 1, not EVEN_K, not EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+
+    # 3. Epilogue in float32, rounded once.
     left, right = column_halves(acc, BLOCK_M, BLOCK_N)
     rows = y_ptr + offs_m[:, None] * N  # [BLOCK_M, 1]
     for half in tl.static_range(2):
         z = left if half == 0 else right  # [BLOCK_M, BLOCK_N / 2]
-        cols = pid_n.to(tl.int64) * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        cols = pid_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         if HAS_BIAS:
             z += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         y = gelu(z, TANH).to(y_ptr.dtype.element_ty)

@@ -49,23 +49,28 @@ def _gelu_ffn_bwd_kernel(
     TANH: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # 1. Which tile, and dh = g w.
-    pid_m, pid_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # 1. Which tile; its rows past the edge read the last row, and are never stored.
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    g_ptrs = g_ptr + tl.minimum(offs_m, M - 1)[:, None] * stride_gm + offs_k[None, :]  # [M, K]
+    w_ptrs = w_ptr + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :]  # [K, N]
+
+    # 2. dh = g w.
     acc = product_tile(
-        g_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_gm, stride_wk,
-        False, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        g_ptrs, w_ptrs, offs_n < N, K, 1, stride_wk, not EVEN_K, True, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
-    # 2. Epilogue: h again from z, and dz; a quarter of the columns at a time, for its registers.
+    # 3. Epilogue: h again from z, and dz; a quarter of the columns at a time, for its registers.
     left, right = column_halves(acc, BLOCK_M, BLOCK_N)
     for half in tl.static_range(2):
         outer, inner = column_halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
         for quarter in tl.static_range(2):
             dh = outer if quarter == 0 else inner  # [BLOCK_M, BLOCK_N / 4]
             first = (2 * half + quarter) * (BLOCK_N // 4)
-            cols = pid_n.to(tl.int64) * BLOCK_N + first + tl.arange(0, BLOCK_N // 4)
+            cols = pid_n * BLOCK_N + first + tl.arange(0, BLOCK_N // 4)
             cells = offs_m[:, None] * N + cols[None, :]
             mask = (offs_m < M)[:, None] & (cols < N)[None, :]
             z = tl.load(z_ptr + cells, mask=mask, other=0.0).to(tl.float32)
