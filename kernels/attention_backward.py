@@ -50,13 +50,17 @@ class Config:
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
 # BLOCK_D: the largest tiles that compile without a spill.
 # fmt: off
-_WARPGROUPS = {  # sm_90 and sm_100
+_HOPPER = {
     "dq": {64: ((64, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 64, 8, 2), (64, 32, 8, 2)),
            256: ((32, 32, 8, 1),) * 2},
-    "dkdv": {64: ((64, 128, 8, 2), (32, 64, 4, 2)), 128: ((32, 64, 8, 2), (64, 32, 8, 2)),
+    "dkdv": {64: ((64, 128, 8, 2), (32, 64, 4, 2)), 128: ((32, 64, 8, 2),) * 2,
              256: ((32, 32, 8, 1),) * 2},
 }
-_WARPS = {
+_BLACKWELL = {
+    "dq": {**_HOPPER["dq"], 128: ((64, 64, 8, 2), (64, 32, 4, 2))},
+    "dkdv": {**_HOPPER["dkdv"], 128: ((32, 64, 8, 2), (64, 32, 8, 2))},
+}
+_OTHERS = {
     "dq": {64: ((128, 32, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2), (32, 64, 8, 2)),
            256: ((32, 32, 8, 1),) * 2},
     "dkdv": {64: ((32, 128, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2),) * 2,
@@ -64,7 +68,7 @@ _WARPS = {
 }
 _UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 64: ((16, 16, 4, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}
 _FLOAT32 = {"dq": {64: ((32, 32, 4, 1),) * 2, 256: ((16, 16, 8, 1),) * 2},
-            "dkdv": {64: ((32, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}}
+            "dkdv": {64: ((16, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}}
 # fmt: on
 
 
@@ -81,7 +85,7 @@ def pick_config(
     elif dtype_bytes == 4:
         table = _FLOAT32[gradient]  # products without tensor cores
     else:
-        table = (_WARPGROUPS if capability // 10 in (9, 10) else _WARPS)[gradient]
+        table = {9: _HOPPER, 10: _BLACKWELL}.get(capability // 10, _OTHERS)[gradient]
     return Config(*table[min(d for d in table if head_dim <= d)][extra])
 
 
