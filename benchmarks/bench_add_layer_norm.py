@@ -21,6 +21,7 @@ from bertgpt.benchmarks.case import (
     Provider,
     Run,
     all_of,
+    compared,
     compiled,
     needs_cuda,
     needs_package,
@@ -28,7 +29,7 @@ from bertgpt.benchmarks.case import (
 )
 
 _EPS = 1e-12
-_SAMPLED = 128
+_COMPARED = 256  # rows
 
 
 def _draw(
@@ -50,8 +51,8 @@ def _draw(
     }
 
 
-def _ends(rows: Tensor) -> Tensor:
-    return torch.cat([rows[:_SAMPLED], rows[-_SAMPLED:]])
+def _part(inputs: Inputs, rows: Tensor) -> Tensor:
+    return rows[compared(inputs, len(rows), _COMPARED)]
 
 
 def _joined(result: Any) -> Tensor:
@@ -60,7 +61,7 @@ def _joined(result: Any) -> Tensor:
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    x, residual = (_ends(inputs[name]).to(dtype) for name in ("x", "residual"))
+    x, residual = (_part(inputs, inputs[name]).to(dtype) for name in ("x", "residual"))
     weight, bias = (inputs[name].to(dtype) for name in ("weight", "bias"))
     options = {"eps": _EPS, "return_sum": inputs["return_sum"]}
     return _joined(reference.add_layer_norm(x, residual, weight, bias, **options))
@@ -68,7 +69,7 @@ def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 def _select(inputs: Inputs, result: Any) -> Tensor:
     parts = result if isinstance(result, tuple) else (result,)
-    return torch.cat([_ends(part) for part in parts], dim=-1)
+    return torch.cat([_part(inputs, part) for part in parts], dim=-1)
 
 
 def _case(rows: int, width: int, return_sum: bool, **options: Any) -> Case:

@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertgpt import ops, reference
-from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, compiled, ours
+from bertgpt.benchmarks.case import (
+    Case,
+    Inputs,
+    Provider,
+    Run,
+    Unavailable,
+    compared,
+    compiled,
+    ours,
+)
 
-# Rows of the result that are compared with the definition: some of the first tile and of the last.
-_SAMPLED = 96
+_COMPARED = 192  # rows of the result
 WIDTHS = ((768, 3072), (1024, 4096), (1600, 6400))
 
 
@@ -41,12 +49,12 @@ def _draw(
     }
 
 
-def _ends(rows: Tensor) -> Tensor:
-    return torch.cat([rows[:_SAMPLED], rows[-_SAMPLED:]])
+def _part(inputs: Inputs, rows: Tensor) -> Tensor:
+    return rows[compared(inputs, len(rows), _COMPARED)]
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    x, w, b = _ends(inputs["x"]).to(dtype), inputs["w"].to(dtype), inputs["b"].to(dtype)
+    x, w, b = _part(inputs, inputs["x"]).to(dtype), inputs["w"].to(dtype), inputs["b"].to(dtype)
     if inputs["approximate"] is None:
         return F.linear(x, w)
     return reference.linear_gelu(x, w, b, approximate=inputs["approximate"])
@@ -64,7 +72,7 @@ def _case(rows: int, width: int, inner: int, approximate: str | None, **options:
         dtype=dtype,
         inputs=partial(_draw, shape=(rows, width, inner), dtype=dtype, approximate=approximate),
         expected=_expected,
-        select=lambda inputs, result: _ends(result),
+        select=lambda inputs, result: _part(inputs, result),
         flops=2.0 * rows * width * inner,
         bytes=float(elements * dtype.itemsize),
         tokens=rows,

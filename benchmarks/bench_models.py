@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bertgpt.benchmarks import models
 from bertgpt.benchmarks.bench_attention import ragged_lengths
-from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, not_on_cpu
+from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, compared, not_on_cpu
 from bertgpt.benchmarks.models import Spec
 
 # Deciles of lengths of real text in WordPiece tokens, cut at 512: 2,225 news articles, and their
@@ -53,21 +53,21 @@ def _draw(
     }
 
 
-def _ends(inputs: Inputs) -> tuple[list[int], Tensor, Tensor]:
-    """The first and last sequences: their rows, ids and mask."""
-    rows = sorted({0, len(inputs["lengths"]) - 1})
+def _part(inputs: Inputs) -> tuple[list[int], Tensor, Tensor]:
+    """Two sequences: their rows, ids and mask."""
+    rows = compared(inputs, len(inputs["lengths"]), 2).tolist()
     return rows, inputs["input_ids"][rows], inputs["attention_mask"][rows]
 
 
 @torch.no_grad()
 def _expected_states(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    _, ids, mask = _ends(inputs)
+    _, ids, mask = _part(inputs)
     states = models.definition(inputs["spec"], dtype)(ids, attention_mask=mask).last_hidden_state
     return states[mask.bool()]
 
 
 def _select_states(inputs: Inputs, result: Tensor) -> Tensor:
-    rows, _, mask = _ends(inputs)
+    rows, _, mask = _part(inputs)
     if result.dim() == 3:
         return result[rows][mask.bool()]
     bounds = inputs["cu_seqlens"].tolist()
@@ -76,7 +76,7 @@ def _select_states(inputs: Inputs, result: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _expected_scores(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    _, ids, mask = _ends(inputs)
+    _, ids, mask = _part(inputs)
     return models.definition(inputs["spec"], dtype)(ids, attention_mask=mask).logits[:, -1]
 
 
@@ -113,7 +113,7 @@ def _prefill_case(name: str, batch: int, length: int, **options: Any) -> Case:
         dtype=dtype,
         inputs=partial(_draw, spec=spec, lengths=(length,) * batch),
         expected=_expected_scores,
-        select=lambda inputs, result: result[_ends(inputs)[0]],
+        select=lambda inputs, result: result[_part(inputs)[0]],
         flops=models.matrix_flops(spec, tokens, pairs, scored=batch),
         bytes=models.weight_bytes(spec, with_vocabulary=True),
         tokens=tokens,

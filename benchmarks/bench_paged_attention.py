@@ -23,6 +23,7 @@ from bertgpt.benchmarks.case import (
     Run,
     Unavailable,
     all_of,
+    compared,
     needs_cuda,
     needs_package,
     ours,
@@ -85,9 +86,8 @@ def _dense(pages: Tensor, table: Tensor) -> Tensor:
 
 
 def _sample(inputs: Inputs) -> Tensor:
-    """The first, a middle and the last sequence."""
-    count = inputs["q"].shape[0]
-    return torch.tensor(sorted({0, count // 2, count - 1}), device=inputs["q"].device)
+    """Three sequences."""
+    return compared(inputs, inputs["q"].shape[0], 3)
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:

@@ -26,6 +26,7 @@ class Case:
         inputs: draws fresh random inputs on a device, with a generator of that device. Shapes, and
             every value that is not a tensor, must be the same in each draw.
         expected: the definition on inputs, in a given dtype, on the part that `select` picks.
+            Both may find with `compared` which part that is.
         flops: operations that any method must do.
         bytes: bytes that any method must move, each once.
         select: from the inputs and a contender's result, the tensor that `expected` describes.
@@ -60,6 +61,23 @@ class Case:
     def label(self) -> str:
         """Op and name."""
         return f"{self.op}: {self.name}"
+
+
+SEED = "seed of the compared part"
+
+
+def compared(inputs: Inputs, count: int, most: int) -> Tensor:
+    """Which of `count` things are compared with the definition: int64, ascending, at most `most`.
+
+    The last, and others drawn by a seed that only `expected` and `select` find in the inputs: no
+    contender knows them while it runs.
+    """
+    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+    if count <= most:
+        return torch.arange(count, device=device)
+    draw = torch.Generator().manual_seed(inputs.get(SEED, 0))
+    others = torch.randperm(count - 1, generator=draw)[: most - 1]
+    return torch.cat([others, torch.tensor([count - 1])]).sort().values.to(device)
 
 
 @dataclass(frozen=True)

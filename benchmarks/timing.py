@@ -139,12 +139,16 @@ def clock_for(device: str) -> WallClock | DeviceClock:
 
 
 def copied(result: Any) -> Any:
-    """A copy of the tensors in a result, now."""
-    if isinstance(result, torch.Tensor):
-        return result.detach().clone()
+    """A copy of a result, a tensor or a sequence of them, now.
+
+    Raises:
+        Refused: It is something else: what is computed when it is read was not timed.
+    """
     if isinstance(result, (tuple, list)):
-        return type(result)(copied(item) for item in result)
-    return result
+        return tuple(copied(item) for item in result)
+    if type(result) not in (torch.Tensor, torch.nn.Parameter):
+        raise Refused(f"its result is a {type(result).__name__}, not a plain tensor")
+    return result.detach().clone()
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
