@@ -18,6 +18,7 @@ from bertgpt.benchmarks.case import Case, Provider
 from bertgpt.benchmarks.floors import Floors
 from bertgpt.benchmarks.harness import REHEARSAL
 from bertgpt.benchmarks.results import Row
+from bertgpt.ops import _dispatch as ops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,6 +115,23 @@ def test_the_best_peer_is_the_fastest_measured_one():
     assert peer is not None
     assert peer.provider == "SDPA cuDNN"
     assert results.best_peer(ROWS[:1]) is None
+
+
+def test_ours_is_the_backend_taken_by_default_and_not_the_fastest():
+    fast = _row("bertgpt torch", (0.005, 0.005, 0.005))
+    rows = [_row("bertgpt cuda", (), reason="not built", absent=True), *ROWS, fast]
+    assert results.by_default(rows) == ROWS[0]
+    document = _document("cuda", rows)
+    assert "2.00× SDPA cuDNN | 2 |" in report.summary([("run", document, rows)])
+    ((_, ratio, _),) = plots.numbers("ratio", document, rows)
+    assert ratio == 2.0
+
+
+def test_providers_stand_in_the_order_in_which_a_backend_is_taken():
+    order = [f"bertgpt {backend}" for backend in ops.BACKENDS]
+    for entry in suite.entries("cuda"):
+        mine = [provider.name for provider in entry.providers if provider.name in order]
+        assert mine == sorted(mine, key=order.index), entry.case.label
 
 
 def test_a_rehearsal_is_named_as_one():
