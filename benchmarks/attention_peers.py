@@ -23,6 +23,7 @@ from bertgpt.benchmarks.case import (
     Run,
     Unavailable,
     all_of,
+    differentiated,
     needs_cuda,
     needs_package,
 )
@@ -30,17 +31,14 @@ from bertgpt.benchmarks.case import (
 Forward = Callable[[Inputs], Tensor]
 
 
-def differentiated(forward: Forward, inputs: Inputs) -> Run:
+def run_of(forward: Forward, inputs: Inputs) -> Run:
     """The forward call, or forward and backward where the inputs bring `d_out`."""
-    if "d_out" not in inputs:
-        return lambda: forward(inputs)
-    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
-    return lambda: torch.autograd.grad(forward(inputs), leaves, inputs["d_out"])
+    return differentiated(lambda: forward(inputs), inputs, ("q", "k", "v"))
 
 
 def _provider(name: str, forward: Forward, *conditions: Callable[[Case], str | None]) -> Provider:
     def prepare(case: Case, inputs: Inputs) -> Run:
-        return differentiated(forward, inputs)
+        return run_of(forward, inputs)
 
     return Provider(name, prepare, all_of(*conditions))
 

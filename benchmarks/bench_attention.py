@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bertgpt import ops, reference
-from bertgpt.benchmarks.attention_peers import PEERS, differentiated
+from bertgpt.benchmarks.attention_peers import PEERS, run_of
 from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, compared
 
 _LONG = 4096
@@ -96,7 +96,7 @@ def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     if "key_lengths" in inputs:
         lengths = inputs["key_lengths"]
         part["key_lengths"] = lengths[compared(inputs, len(lengths), _few(inputs))]
-    result = differentiated(partial(_forward, attend=reference.attention), part)()
+    result = run_of(partial(_forward, attend=reference.attention), part)()
     return _by_head(result) if isinstance(result, tuple) else result
 
 
@@ -202,7 +202,7 @@ def _ours(backend: str) -> Provider:
         reason = _forward(inputs, partial(ops.explain, ops.attention), **options).refusals
         if backend in reason:
             raise Unavailable(reason[backend])
-        return differentiated(partial(_forward, attend=ops.attention, **options), inputs)
+        return run_of(partial(_forward, attend=ops.attention, **options), inputs)
 
     return Provider(f"bertgpt {backend}", prepare, ours=True)
 

@@ -23,15 +23,14 @@ from bertgpt.benchmarks.case import (
     Run,
     Unavailable,
     all_of,
-    compared,
     compiled,
     needs_cuda,
     needs_package,
+    some_rows,
 )
 from bertgpt.layers import Embeddings
 
 _EPS = 1e-12
-_COMPARED = 256  # rows
 _WORDS, _POSITIONS, _TYPES = 30522, 512, 2
 _NAMES = ("ids", "places", "types", "words", "positions", "kinds", "weight", "bias")
 
@@ -72,12 +71,8 @@ def _eager(
     return F.layer_norm(total, total.shape[-1:], weight, bias, _EPS)
 
 
-def _part(inputs: Inputs, rows: Tensor) -> Tensor:
-    return rows[compared(inputs, len(rows), _COMPARED)]
-
-
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    indices = [_part(inputs, inputs[name]) for name in _NAMES[:3]]
+    indices = [some_rows(inputs, inputs[name]) for name in _NAMES[:3]]
     return _eager(*indices, *(inputs[name].to(dtype) for name in _NAMES[3:]))
 
 
@@ -93,7 +88,7 @@ def _case(rows: int, width: int, **options: Any) -> Case:
         dtype=dtype,
         inputs=partial(_draw, rows=rows, width=width, dtype=dtype),
         expected=_expected,
-        select=_part,
+        select=some_rows,
         flops=10.0 * rows * width,
         bytes=(read + rows) * width * dtype.itemsize + 3.0 * rows * torch.int64.itemsize,
         tokens=rows,

@@ -18,9 +18,20 @@ from torch import Tensor
 
 from bertgpt import ops, reference
 from bertgpt.benchmarks.bench_linear_gelu import WIDTHS
-from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, compared, not_on_cpu
+from bertgpt.benchmarks.case import (
+    Case,
+    Inputs,
+    Provider,
+    Run,
+    Unavailable,
+    compared,
+    compiled,
+    differentiated,
+    ours,
+    some_rows,
+)
 
-_COMPARED, _UNITS = 192, 64  # rows, inner units
+_UNITS = 64  # inner units whose gradients are compared
 _TENSORS = ("x", "w_in", "b_in", "w_out", "b_out")
 
 
@@ -48,24 +59,18 @@ def _draw(
     return inputs
 
 
-def _part(inputs: Inputs, rows: Tensor) -> Tensor:
-    return rows[compared(inputs, len(rows), _COMPARED)]
-
-
-def _run(function: Any, inputs: Inputs) -> Run:
-    """The forward call, or forward and backward to x and the weights where `d_out` is given."""
-    if "d_out" not in inputs:
-        return lambda: function(*_arguments(inputs))
-    leaves = [inputs[name].requires_grad_() for name in _TENSORS]
-    return lambda: torch.autograd.grad(function(*_arguments(inputs)), leaves, inputs["d_out"])
-
-
 def _arguments(inputs: Inputs) -> tuple[Any, ...]:
     return (*(inputs[name] for name in _TENSORS), inputs["approximate"])
 
 
-def _reference(*arguments: Any) -> Tensor:
-    return reference.gelu_ffn(*arguments[:5], approximate=arguments[5])
+def _call(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    return _arguments(inputs)[:5], {"approximate": inputs["approximate"]}
+
+
+def _run(function: Any, inputs: Inputs) -> Run:
+    """`function` by the op's signature, with gradients where `d_out` is given."""
+    args, kwargs = _call(inputs)
+    return differentiated(lambda: function(*args, **kwargs), inputs, _TENSORS)
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -75,15 +80,15 @@ def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """
     whole: Inputs = {name: inputs[name].detach().to(dtype) for name in _TENSORS}
     whole["approximate"] = inputs["approximate"]
-    rows = whole | {"x": _part(inputs, whole["x"])}
+    rows = whole | {"x": some_rows(inputs, whole["x"])}
     if "d_out" not in inputs:
-        return _run(_reference, rows)()
+        return _run(reference.gelu_ffn, rows)()
     d_out, units = inputs["d_out"].to(dtype), _units(inputs)
-    rows["d_out"] = _part(inputs, d_out)
+    rows["d_out"] = some_rows(inputs, d_out)
     narrow = whole | {"w_in": whole["w_in"][units], "b_in": whole["b_in"][units]}
     narrow |= {"w_out": whole["w_out"][:, units], "d_out": d_out}
-    d_x = _run(_reference, rows)()[0]
-    _, d_w_in, d_b_in, d_w_out, d_b_out = _run(_reference, narrow)()
+    d_x = _run(reference.gelu_ffn, rows)()[0]
+    _, d_w_in, d_b_in, d_w_out, d_b_out = _run(reference.gelu_ffn, narrow)()
     return _stacked(d_x, d_w_in, d_b_in, d_w_out, d_b_out)
 
 
@@ -93,9 +98,9 @@ def _units(inputs: Inputs) -> Tensor:
 
 def _select(inputs: Inputs, result: Any) -> Tensor:
     if not isinstance(result, tuple):
-        return _part(inputs, result)
+        return some_rows(inputs, result)
     (d_x, d_w_in, d_b_in, d_w_out, d_b_out), units = result, _units(inputs)
-    d_x, d_w_in, d_b_in = _part(inputs, d_x), d_w_in[units], d_b_in[units]
+    d_x, d_w_in, d_b_in = some_rows(inputs, d_x), d_w_in[units], d_b_in[units]
     return _stacked(d_x, d_w_in, d_b_in, d_w_out[:, units], d_b_out)
 
 
@@ -167,33 +172,12 @@ def _epilogue(case: Case, inputs: Inputs) -> Run:
     return run
 
 
-def _provider(name: str, mode: str | None) -> Provider:
-    def prepare(case: Case, inputs: Inputs) -> Run:
-        return _run(torch.compile(_eager, mode=mode, dynamic=False), inputs)
-
-    return Provider(name, prepare, not_on_cpu("compiling takes longer than a CPU's small cases"))
-
-
-def _ours(backend: str) -> Provider:
-    def call(*arguments: Any) -> Tensor:
-        return ops.gelu_ffn(*arguments[:5], approximate=arguments[5], backend=backend)
-
-    def prepare(case: Case, inputs: Inputs) -> Run:
-        run, given = _run(call, inputs), _arguments(inputs)
-        explanation = ops.explain(ops.gelu_ffn, *given[:5], approximate=given[5], backend=backend)
-        if backend in explanation.refusals:
-            raise Unavailable(explanation.refusals[backend])
-        return run
-
-    return Provider(f"bertgpt {backend}", prepare, ours=True)
-
-
 CASES: tuple[Case, ...] = tuple(_cases())
 PROVIDERS: tuple[Provider, ...] = (
-    *(_ours(backend) for backend in ("cuda", "triton", "torch")),
+    *(ours(ops.gelu_ffn, backend, _call, _TENSORS) for backend in ("cuda", "triton", "torch")),
     Provider("linear, gelu, linear", lambda case, inputs: _run(_eager, inputs)),
-    _provider("torch.compile", None),
-    _provider("torch.compile max-autotune", "max-autotune-no-cudagraphs"),
+    compiled(_eager, _arguments, None, _TENSORS),
+    compiled(_eager, _arguments, "max-autotune-no-cudagraphs", _TENSORS),
     Provider("addmm_activation, then linear", _epilogue),
 )
 

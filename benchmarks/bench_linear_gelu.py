@@ -22,12 +22,11 @@ from bertgpt.benchmarks.case import (
     Provider,
     Run,
     Unavailable,
-    compared,
     compiled,
     ours,
+    some_rows,
 )
 
-_COMPARED = 192  # rows of the result
 WIDTHS = ((768, 3072), (1024, 4096), (1600, 6400))
 
 
@@ -49,12 +48,8 @@ def _draw(
     }
 
 
-def _part(inputs: Inputs, rows: Tensor) -> Tensor:
-    return rows[compared(inputs, len(rows), _COMPARED)]
-
-
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    x, w, b = _part(inputs, inputs["x"]).to(dtype), inputs["w"].to(dtype), inputs["b"].to(dtype)
+    x, w, b = some_rows(inputs, inputs["x"]).to(dtype), inputs["w"].to(dtype), inputs["b"].to(dtype)
     if inputs["approximate"] is None:
         return F.linear(x, w)
     return reference.linear_gelu(x, w, b, approximate=inputs["approximate"])
@@ -72,7 +67,7 @@ def _case(rows: int, width: int, inner: int, approximate: str | None, **options:
         dtype=dtype,
         inputs=partial(_draw, shape=(rows, width, inner), dtype=dtype, approximate=approximate),
         expected=_expected,
-        select=lambda inputs, result: _part(inputs, result),
+        select=some_rows,
         flops=2.0 * rows * width * inner,
         bytes=float(elements * dtype.itemsize),
         tokens=rows,
