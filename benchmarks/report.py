@@ -1,6 +1,6 @@
 """Tables and plots from result files, and from nothing else.
 
-    python -m bertgpt.benchmarks.report                       the committed ones, in the documents
+    python -m bertgpt.benchmarks.report [FILE...]             the committed ones, in the documents
     python -m bertgpt.benchmarks.report FILE... --out FOLDER  others, as a text and plots
 
 A GPU's table gives times, rates, the share of the floor and the ratio to the best peer; a CPU's
@@ -210,11 +210,15 @@ def publish(files: Sequence[Path], out: Path | None) -> list[Path]:
     """Writes report.md and plots into `out`, or, without it, the documents and their images.
 
     Raises:
-        ValueError: files without a folder: the documents show the committed files only.
+        ValueError: files without a folder that are not the committed ones, which alone the
+            documents show.
     """
     if out is None:
-        if files:
-            raise ValueError("name a folder for the report of these files: --out FOLDER")
+        if files and {path.resolve() for path in files} != {path.resolve() for path in committed()}:
+            raise ValueError(
+                f"the documents show the files in {results.FOLDER} and no others: name a folder "
+                "for the report of these files, --out FOLDER"
+            )
         if not all(path.exists() for path in DOCUMENTS):
             raise ValueError("the documents are in a checkout alone: name a folder with --out")
         runs = load(committed())

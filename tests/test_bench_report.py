@@ -199,6 +199,26 @@ def test_publishing_into_a_folder(tmp_path):
         report.publish([tmp_path / "run.json"], None)
 
 
+def test_regenerating_from_the_committed_files_changes_nothing(tmp_path, monkeypatch):
+    """And `bertgpt bench report results/*.json` is the same command."""
+    pytest.importorskip("matplotlib")
+    pages = {tmp_path / "page.md": "results", tmp_path / "README.md": "gpu-results"}
+    for path, block in pages.items():
+        path.write_text(f"above\n<!-- {block} -->\nold\n<!-- /{block} -->\nbelow\n")
+    monkeypatch.setattr(report, "DOCUMENTS", pages)
+    monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    file = tmp_path / "results" / "h100.json"
+    results.write(file, _document("cuda", ROWS))
+    first = {path: path.read_bytes() for path in report.publish([], None)}
+    assert b"2.00" in first[tmp_path / "README.md"]
+    assert b"![roofline](images/h100-roofline.png)" in first[tmp_path / "page.md"]
+    assert {path: path.read_bytes() for path in report.publish([file], None)} == first
+    results.write(file, _document("cuda", [_row("bertgpt triton", (0.005,) * 3), *ROWS[1:]]))
+    changed = {path: path.read_bytes() for path in report.publish([], None)}
+    assert all(changed[path] != first[path] for path in first if "memory" not in path.name)
+
+
 def _case(name: str, value: float, draw: Any = None) -> Case:
     def inputs(generator: torch.Generator, device: torch.device) -> dict[str, Any]:
         return {"x": torch.randn(64, 64, generator=generator)}
@@ -351,7 +371,7 @@ def test_pytest_benchmark_keeps_its_record(tmp_path):
     record = json.loads((tmp_path / "two.json").read_text())["benchmarks"]
     assert {bench["group"] for bench in record} == {
         f"add_layer_norm: {case}, {cache}"
-        for case in ("256×384", "256×384 and the sum")
+        for case in ("256×384", "256×384 and the sum", "forward + backward 256×384")
         for cache in ("cold", "warm")
     }
     for bench in record:
