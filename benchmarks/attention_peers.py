@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -172,11 +173,11 @@ def _flash(module: str, inputs: Inputs) -> Tensor:
     if "key_lengths" in inputs:
         raise Unavailable("its padded call has no key lengths")
     if "cu_seqlens" in inputs:
-        bounds = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), inputs["cu_seqlens"])
-        longest = dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), inputs["max_seqlen"])
-        result = library.flash_attn_varlen_func(
-            q, k, v, **bounds, **longest, causal=inputs["causal"]
-        )
+        attend = library.flash_attn_varlen_func
+        options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), inputs["cu_seqlens"])
+        if "max_seqlen_q" in signature(attend).parameters:  # not in every version of 4
+            options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), inputs["max_seqlen"])
+        result = attend(q, k, v, **options, causal=inputs["causal"])
     else:
         result = library.flash_attn_func(q, k, v, causal=inputs["causal"])
     return result[0] if isinstance(result, tuple) else result
