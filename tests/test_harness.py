@@ -199,6 +199,14 @@ def test_inputs_of_zeros_are_refused(share):
         contest(honest, case=case_of(draw))
 
 
+def test_a_constant_input_is_refused():
+    def draw(generator: torch.Generator, device: torch.device) -> Inputs:
+        return {**fresh(generator, device), "x": torch.ones(ROWS, WIDTH)}
+
+    with pytest.raises(Refused, match="input x is constant"):
+        contest(honest, case=case_of(draw))
+
+
 def test_a_contender_that_computes_on_zeros_is_refused():
     def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         zeros = {"x": torch.zeros(ROWS, WIDTH), "limits": inputs["limits"]}
