@@ -74,7 +74,7 @@ class Effort:
 # On a CPU samples are short, to fit between a neighbour's time slices, and many.
 EFFORT = {
     "cuda": Effort(sample_seconds=1e-3, rounds=(11, 51), spread=0.005, case_seconds=4.0),
-    "cpu": Effort(sample_seconds=0.0, rounds=(25, 400), spread=0.01, case_seconds=3.0),
+    "cpu": Effort(sample_seconds=0.0, rounds=(25, 400), spread=0.01, case_seconds=2.0),
 }
 # Every line once; the times mean nothing.
 REHEARSAL = Effort(sample_seconds=0.0, rounds=(2, 2), spread=1.0, case_seconds=1.0, sets=2)
