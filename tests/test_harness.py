@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,6 +319,26 @@ def test_fresh_values_land_in_the_same_memory():
     }
     assert not torch.equal(inputs["x"], before["x"][1])
     assert torch.equal(inputs["limits"], before["limits"][1])
+
+
+@pytest.mark.parametrize(("interrupted", "seconds"), [(False, 5.0), (True, 2.0)])
+def test_time_that_another_process_took_is_not_counted(monkeypatch, interrupted, seconds):
+    """The call takes 2 s of the processor's time and 5 s in all."""
+    wall, own, count = iter([0.0, 5.0]), iter([10.0, 12.0]), iter([7, 7 + interrupted])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(timing, "_interruptions", lambda: next(count))
+    assert WallClock().sample([lambda: torch.zeros(1)]).seconds == seconds
+
+
+def test_interruptions_are_counted_as_the_kernel_counts_them():
+    status = Path("/proc/thread-self/status")
+    if not status.exists():
+        pytest.skip("only Linux counts them for a thread")
+    before = timing._interruptions()
+    lines = [line for line in status.read_text().splitlines() if line.startswith("nonvoluntary")]
+    assert before <= int(lines[0].split()[1]) <= timing._interruptions()
 
 
 def test_statistics():
