@@ -82,11 +82,14 @@ REHEARSAL = Effort(sample_seconds=0.0, rounds=(2, 2), spread=1.0, case_seconds=1
 
 @dataclass(frozen=True)
 class Witness:
-    """A timed result: its values, the set of inputs it belongs to, and what it should be."""
+    """A result: its values, the set of inputs it belongs to, and what it should be.
+
+    Without `truth` it should be what the set's inputs, which nobody may change, say later.
+    """
 
     result: Any
     index: int
-    truth: checks.Truth
+    truth: checks.Truth | None
 
 
 @dataclass
@@ -224,8 +227,8 @@ class Contest:
         return self._truths[index]
 
     def _insist_on_correct(self, witness: Witness, when: str) -> None:
-        judged = self._judged(witness.index)
-        checks.insist_on_correct(self.case, judged, witness.truth, witness.result, when)
+        judged, truth = self._judged(witness.index), witness.truth or self._truth(witness.index)
+        checks.insist_on_correct(self.case, judged, truth, witness.result, when)
 
     def _check_all(self, when: str) -> None:
         index = self.random.randrange(len(self.sets))
@@ -280,7 +283,7 @@ class Contest:
             contender.calls[0]()  # the other contenders have been here
         timed = self.clock.sample(row)
         timing.samples.append(timed.seconds / count)
-        if truth is not None:
+        if kept:
             inputs, when = self.sets[last], f"while timed {cache}"
             checks.insist_on_fingerprint(self.case, inputs, self._prints[last], when)
             timing.witness = Witness(timed.witness, last, truth)
@@ -304,23 +307,27 @@ class Contest:
         contender.offset += count
         return row, count, last
 
-    def _spoil(self, contender: Contender, row: Row, last: int) -> checks.Truth:
-        """Leaves nothing of an earlier call for the coming one to pass off as its own."""
+    def _spoil(self, contender: Contender, row: Row, last: int) -> checks.Truth | None:
+        """Leaves nothing of an earlier call for the coming one to pass off as its own.
+
+        Returns what the coming result should be, where a call changes its inputs.
+        """
         inputs = self.sets[last]
         previous = row.result if isinstance(row, Graph) else contender.calls[last]()
         checks.poison(previous, inputs)
-        if self.case.mutable:
-            checks.refresh(self.case, inputs, self.generator, self.case.mutable)
-            self._truths.pop(last, None)
+        if not self.case.mutable:
+            return None
+        checks.refresh(self.case, inputs, self.generator, self.case.mutable)
+        self._truths.pop(last, None)
         return self._truth(last)
 
     def _check_witness(self, contender: Contender, cache: str) -> None:
         timing = contender.timings[cache]
         assert timing.witness is not None
-        self._insist_on_correct(timing.witness, f"while timed {cache}")
-        timing.witness = None
         for inputs, before in zip(self.sets, self._prints, strict=True):
             checks.insist_on_fingerprint(self.case, inputs, before, f"while all were timed {cache}")
+        self._insist_on_correct(timing.witness, f"while timed {cache}")
+        timing.witness = None
         self._insist_on_possible(cache, quartiles(timing.samples)[1])
 
     def _insist_on_possible(self, cache: str, seconds: float) -> None:
