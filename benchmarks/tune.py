@@ -2,8 +2,8 @@
 
     python -m bertgpt.benchmarks.tune [--only TEXT] [--budget SECONDS]
 
-Searched is every kernel file with a `pick_config` of its own, in the cases of its op. A candidate
-is the config that `pick_config` gives now with some fields changed. Candidates go through the whole
+Searched is every kernel file that asks a `pick_config`, in the cases of its op. A candidate is the
+config that `pick_config` gives now with some fields changed. Candidates go through the whole
 protocol of the harness, so one that is fast and wrong does not win. The table at the end says, for
 what `pick_config` was asked, which config won and by how much; it is written into `pick_config` by
 hand.
@@ -56,21 +56,24 @@ _VALUE = 7.0
 
 
 def searched() -> list[str]:
-    """The kernel files that pick configs of their own."""
+    """The kernel files that ask a `pick_config`, their own or another's."""
     package = importlib.import_module("bertgpt.kernels")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    modules = {name: importlib.import_module(f"bertgpt.kernels.{name}") for name in names}
-    own = {name: vars(module).get("pick_config") for name, module in modules.items()}
-    return [name for name, pick in own.items() if pick and pick.__module__.endswith(f".{name}")]
+    return [
+        n for n in names if hasattr(importlib.import_module(f"bertgpt.kernels.{n}"), "pick_config")
+    ]
 
 
 def cases_of(kernel: str, device: str, only: str = "") -> list[suite.Entry]:
     """The cases in which a kernel file's configs contend, most valuable first.
 
-    Those named "backward" for a file named so, the others for the others, where there are such.
+    Those of the op of that name; else, for a file named backward, those of its op that are named
+    so; forward files take the others, where there are such.
     """
-    op, backward = kernel.removesuffix("_backward"), kernel.endswith("_backward")
-    of_op = [entry for entry in suite.entries(device, only) if entry.case.op == op]
+    entries = suite.entries(device, only)
+    stem, backward = kernel.removesuffix("_backward"), kernel.endswith("_backward")
+    of_op = [entry for entry in entries if entry.case.op == kernel]
+    of_op = of_op or [entry for entry in entries if entry.case.op == stem]
     fitting = [entry for entry in of_op if ("backward" in entry.case.name) == backward]
     return fitting or of_op
 

@@ -45,8 +45,9 @@ def test_every_kernel_with_configs_is_searched_in_a_case_of_its_op():
     }
     assert set(tune.SPACES) <= set(kernels)
     for kernel in kernels:
-        module = importlib.import_module(f"bertgpt.kernels.{kernel}")
-        assert set(tune.SPACES.get(kernel, {})) <= {field.name for field in fields(module.Config)}
+        pick = importlib.import_module(f"bertgpt.kernels.{kernel}").pick_config
+        config = importlib.import_module(pick.__module__).Config
+        assert set(tune.SPACES.get(kernel, {})) <= {field.name for field in fields(config)}
         entries = tune.cases_of(kernel, "cuda")
         assert entries, f"no case runs {kernel}"
         for entry in entries:
