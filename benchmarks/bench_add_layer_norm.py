@@ -118,9 +118,9 @@ def _cases() -> Iterator[Case]:
         yield _case(rows, width, width == 1600, value=8 if (rows, width) == (16384, 768) else 3)
     for width, rows in product((768, 1024, 1600), (8192, 65536)):
         yield _case(rows, width, False, backward=True, value=2)
-    yield _case(256, 384, False, device="cpu")
-    yield _case(256, 384, True, device="cpu")
-    yield _case(256, 384, False, device="cpu", backward=True)
+    yield _case(1024, 384, False, device="cpu")
+    yield _case(1024, 384, True, device="cpu")
+    yield _case(1024, 384, False, device="cpu", backward=True)
 
 
 def _eager(

@@ -99,7 +99,7 @@ def _case(rows: int, width: int, **options: Any) -> Case:
 def _cases() -> Iterator[Case]:
     for width, rows in product((768, 1024, 1600), (2048, 16384, 65536)):
         yield _case(rows, width, value=6 if (rows, width) == (16384, 768) else 2)
-    yield _case(512, 384, device="cpu")
+    yield _case(1024, 384, device="cpu")
 
 
 def _arguments(inputs: Inputs) -> tuple[Tensor, ...]:

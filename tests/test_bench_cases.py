@@ -174,7 +174,7 @@ LESS = {
     "attention over whole pages": (bench_paged_attention, "skewed", _whole_pages),
     "gradients of the inputs alone": (bench_gelu_ffn, "backward", _no_weight_gradient),
     "the tanh form for erf": (bench_linear_gelu, "erf", _other_gelu),
-    "no residual": (bench_add_layer_norm, "256×384", _no_residual),
+    "no residual": (bench_add_layer_norm, "1024×384", _no_residual),
     "no positions": (bench_embeddings, "", _no_positions),
     "keys without values": (bench_paged_write, "in a row", _keys_alone),
     "an encoder that sees the padding": (bench_models, "bert-tiny", _no_mask),

@@ -371,7 +371,7 @@ def test_pytest_benchmark_keeps_its_record(tmp_path):
     record = json.loads((tmp_path / "two.json").read_text())["benchmarks"]
     assert {bench["group"] for bench in record} == {
         f"add_layer_norm: {case}, {cache}"
-        for case in ("256×384", "256×384 and the sum", "forward + backward 256×384")
+        for case in ("1024×384", "1024×384 and the sum", "forward + backward 1024×384")
         for cache in ("cold", "warm")
     }
     for bench in record:
