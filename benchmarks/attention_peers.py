@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from bertgpt.benchmarks.case import (
     Run,
     Unavailable,
     all_of,
+    differentiated,
     needs_cuda,
     needs_package,
 )
@@ -30,17 +32,14 @@ from bertgpt.benchmarks.case import (
 Forward = Callable[[Inputs], Tensor]
 
 
-def differentiated(forward: Forward, inputs: Inputs) -> Run:
+def run_of(forward: Forward, inputs: Inputs) -> Run:
     """The forward call, or forward and backward where the inputs bring `d_out`."""
-    if "d_out" not in inputs:
-        return lambda: forward(inputs)
-    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
-    return lambda: torch.autograd.grad(forward(inputs), leaves, inputs["d_out"])
+    return differentiated(lambda: forward(inputs), inputs, ("q", "k", "v"))
 
 
 def _provider(name: str, forward: Forward, *conditions: Callable[[Case], str | None]) -> Provider:
     def prepare(case: Case, inputs: Inputs) -> Run:
-        return differentiated(forward, inputs)
+        return run_of(forward, inputs)
 
     return Provider(name, prepare, all_of(*conditions))
 
@@ -174,11 +173,11 @@ def _flash(module: str, inputs: Inputs) -> Tensor:
     if "key_lengths" in inputs:
         raise Unavailable("its padded call has no key lengths")
     if "cu_seqlens" in inputs:
-        bounds = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), inputs["cu_seqlens"])
-        longest = dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), inputs["max_seqlen"])
-        result = library.flash_attn_varlen_func(
-            q, k, v, **bounds, **longest, causal=inputs["causal"]
-        )
+        attend = library.flash_attn_varlen_func
+        options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), inputs["cu_seqlens"])
+        if "max_seqlen_q" in signature(attend).parameters:  # not in every version of 4
+            options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), inputs["max_seqlen"])
+        result = attend(q, k, v, **options, causal=inputs["causal"])
     else:
         result = library.flash_attn_func(q, k, v, causal=inputs["causal"])
     return result[0] if isinstance(result, tuple) else result

@@ -1,6 +1,7 @@
-"""Residual addition and LayerNorm: LayerNorm(x + residual), with and without the sum.
+"""Residual addition and LayerNorm: LayerNorm(x + residual), with and without the sum; gradients.
 
-Bound by memory. Bytes: x, residual and the result (and the sum) once each. FLOPs: 8 an element.
+Bound by memory. Bytes: x, residual and the result (and the sum) once each; backward x, residual,
+the result's gradient and that of x, which is the residual's too. FLOPs: 8 an element, 20 backward.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from bertgpt.benchmarks.case import (
     Run,
     all_of,
     compiled,
+    differentiated,
     needs_cuda,
     needs_package,
     ours,
+    some_rows,
 )
 
 _EPS = 1e-12
-_SAMPLED = 128
+_TENSORS = ("x", "residual", "weight", "bias")
 
 
 def _draw(
@@ -39,96 +42,117 @@ def _draw(
     width: int,
     dtype: torch.dtype,
     return_sum: bool,
+    backward: bool,
 ) -> Inputs:
     normal = partial(torch.randn, generator=generator, device=device, dtype=dtype)
-    return {
+    inputs: Inputs = {
         "x": normal(rows, width),
         "residual": normal(rows, width),
         "weight": normal(width),
         "bias": normal(width),
         "return_sum": return_sum,
     }
+    if backward:
+        inputs["d_out"] = normal(rows, width)
+    return inputs
 
 
-def _ends(rows: Tensor) -> Tensor:
-    return torch.cat([rows[:_SAMPLED], rows[-_SAMPLED:]])
+def _arguments(inputs: Inputs) -> tuple[Any, ...]:
+    return (*(inputs[name] for name in _TENSORS), inputs["return_sum"])
 
 
-def _joined(result: Any) -> Tensor:
-    """One tensor of the result, and of the sum where it is asked for."""
-    return torch.cat(list(result), dim=-1) if isinstance(result, tuple) else result
+def _call(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    return _arguments(inputs)[:4], {"eps": _EPS, "return_sum": inputs["return_sum"]}
+
+
+def _run(function: Any, inputs: Inputs) -> Run:
+    """`function` by the op's signature, with gradients where `d_out` is given."""
+    args, kwargs = _call(inputs)
+    return differentiated(lambda: function(*args, **kwargs), inputs, _TENSORS)
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    x, residual = (_ends(inputs[name]).to(dtype) for name in ("x", "residual"))
-    weight, bias = (inputs[name].to(dtype) for name in ("weight", "bias"))
-    options = {"eps": _EPS, "return_sum": inputs["return_sum"]}
-    return _joined(reference.add_layer_norm(x, residual, weight, bias, **options))
+    """Some rows; backward all of them, since those of weight and bias are sums over rows."""
+    given = {name: inputs[name].detach().to(dtype) for name in _TENSORS}
+    given["return_sum"] = inputs["return_sum"]
+    if "d_out" in inputs:
+        given["d_out"] = inputs["d_out"].to(dtype)
+        return _select(inputs, _run(reference.add_layer_norm, given)())
+    given |= {name: some_rows(inputs, given[name]) for name in ("x", "residual")}
+    result = _run(reference.add_layer_norm, given)()
+    return torch.cat(list(result), dim=-1) if isinstance(result, tuple) else result
 
 
 def _select(inputs: Inputs, result: Any) -> Tensor:
+    if "d_out" in inputs:
+        d_x, d_residual, d_weight, d_bias = result
+        rows = [some_rows(inputs, d_x), some_rows(inputs, d_residual)]
+        return torch.cat([*rows, torch.stack([d_weight, d_bias])])
     parts = result if isinstance(result, tuple) else (result,)
-    return torch.cat([_ends(part) for part in parts], dim=-1)
+    return torch.cat([some_rows(inputs, part) for part in parts], dim=-1)
 
 
 def _case(rows: int, width: int, return_sum: bool, **options: Any) -> Case:
-    device = options.get("device", "cuda")
+    device, backward = options.get("device", "cuda"), options.get("backward", False)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    kind = f"{'forward + backward ' if backward else ''}{rows}×{width}"
+    shape = {"rows": rows, "width": width, "return_sum": return_sum, "backward": backward}
     return Case(
         op="add_layer_norm",
-        name=f"{rows}×{width}{' and the sum' if return_sum else ''}",
+        name=f"{kind}{' and the sum' if return_sum else ''}",
         device=device,
         dtype=dtype,
-        inputs=partial(_draw, rows=rows, width=width, dtype=dtype, return_sum=return_sum),
+        inputs=partial(_draw, dtype=dtype, **shape),
         expected=_expected,
         select=_select,
-        flops=8.0 * rows * width,
-        bytes=float((4 if return_sum else 3) * rows * width * dtype.itemsize),
+        flops=(20.0 if backward else 8.0) * rows * width,
+        bytes=float((4 if return_sum or backward else 3) * rows * width * dtype.itemsize),
         tokens=rows,
         value=options.get("value", 1.0),
+        factor=6.0 if backward else 4.0,
     )
 
 
 def _cases() -> Iterator[Case]:
     for width, rows in product((768, 1024, 1600), (2048, 8192, 16384, 65536)):
         yield _case(rows, width, width == 1600, value=8 if (rows, width) == (16384, 768) else 3)
-    yield _case(256, 384, False, device="cpu")
-    yield _case(256, 384, True, device="cpu")
+    for width, rows in product((768, 1024, 1600), (8192, 65536)):
+        yield _case(rows, width, False, backward=True, value=2)
+    yield _case(1024, 384, False, device="cpu")
+    yield _case(1024, 384, True, device="cpu")
+    yield _case(1024, 384, False, device="cpu", backward=True)
 
 
-def _eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, return_sum: bool) -> Any:
+def _eager(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, return_sum: bool
+) -> Any:
     total = x + residual
-    y = F.layer_norm(total, total.shape[-1:], weight, bias, _EPS)
+    y = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
     return (y, total) if return_sum else y
 
 
-def _arguments(inputs: Inputs) -> tuple[Any, ...]:
-    names = ("x", "residual", "weight", "bias", "return_sum")
-    return tuple(inputs[name] for name in names)
-
-
-def _call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _arguments(inputs)[:4], {"eps": _EPS, "return_sum": inputs["return_sum"]}
+def _positional(*arguments: Any) -> Any:
+    return _eager(*arguments[:4], eps=_EPS, return_sum=arguments[4])
 
 
 def _liger(case: Case, inputs: Inputs) -> Run:
     """Liger's LayerNorm kernel after torch's addition."""
     from liger_kernel.transformers.functional import liger_layer_norm
 
-    def run() -> Any:
-        total = inputs["x"] + inputs["residual"]
-        y = liger_layer_norm(total, inputs["weight"], inputs["bias"], _EPS)
-        return (y, total) if inputs["return_sum"] else y
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
+        total = x + residual
+        y = liger_layer_norm(total, weight, bias, options["eps"])
+        return (y, total) if options["return_sum"] else y
 
-    return run
+    return _run(call, inputs)
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
 PROVIDERS: tuple[Provider, ...] = (
-    *(ours(ops.add_layer_norm, backend, _call) for backend in ("cuda", "triton", "torch")),
-    Provider("add, then layer_norm", lambda case, inputs: partial(_eager, *_arguments(inputs))),
-    compiled(_eager, _arguments),
-    compiled(_eager, _arguments, "max-autotune-no-cudagraphs"),
+    *(ours(ops.add_layer_norm, b, _call, _TENSORS) for b in ("cuda", "triton", "torch")),
+    Provider("add, then layer_norm", lambda case, inputs: _run(_eager, inputs)),
+    compiled(_positional, _arguments, None, _TENSORS),
+    compiled(_positional, _arguments, "max-autotune-no-cudagraphs", _TENSORS),
     Provider("add, then Liger", _liger, all_of(needs_cuda, needs_package("liger_kernel"))),
 )
 

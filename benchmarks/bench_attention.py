@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bertgpt import ops, reference
-from bertgpt.benchmarks.attention_peers import PEERS, differentiated
-from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable
+from bertgpt.benchmarks.attention_peers import PEERS, run_of
+from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, compared
 
-_SAMPLED = 4096  # longer sequences are checked on one head of one sequence: the scores are float64
+_LONG = 4096
 
 
 def _draw(
@@ -62,50 +62,48 @@ def _forward(inputs: Inputs, attend: Any, **options: Any) -> Any:
     return attend(inputs["q"], inputs["k"], inputs["v"], causal=inputs["causal"], **options)
 
 
-def _ends(inputs: Inputs, tensor: Tensor) -> Tensor:
-    """Of a tensor laid out like q, the first and last sequences and heads (long: the last)."""
-    only_last = inputs["max_seqlen"] > _SAMPLED
+def _few(inputs: Inputs) -> int:
+    """How many sequences and how many heads are compared: the scores are float64."""
+    return 1 if inputs["max_seqlen"] > _LONG else 2
+
+
+def _part(inputs: Inputs, tensor: Tensor) -> Tensor:
+    """Of a tensor laid out like q, some sequences and heads."""
     tensor = tensor.detach()
     if "cu_seqlens" in inputs:
-        ends = [tensor[start:stop] for start, stop in _end_spans(inputs)]
-        tensor = torch.cat(ends)
+        tensor = torch.cat([tensor[start:stop] for start, stop in _spans(inputs)])
     else:
-        tensor = _first_and_last(tensor, 0, only_last)
-    return _first_and_last(tensor, -2, only_last)
+        tensor = tensor[compared(inputs, len(tensor), _few(inputs))]
+    return tensor[..., compared(inputs, tensor.shape[-2], _few(inputs)), :]
 
 
-def _end_spans(inputs: Inputs) -> list[tuple[int, int]]:
+def _spans(inputs: Inputs) -> list[tuple[int, int]]:
+    """Where the compared sequences of a packed batch begin and end."""
     bounds = inputs["cu_seqlens"].tolist()
-    spans = [(bounds[0], bounds[1]), (bounds[-2], bounds[-1])]
-    return spans[1:] if inputs["max_seqlen"] > _SAMPLED or len(bounds) == 2 else spans
-
-
-def _first_and_last(tensor: Tensor, dim: int, only_last: bool) -> Tensor:
-    last = tensor.shape[dim] - 1
-    index = [last] if only_last or last == 0 else [0, last]
-    return tensor.index_select(dim, torch.tensor(index, device=tensor.device))
+    chosen = compared(inputs, len(bounds) - 1, _few(inputs)).tolist()
+    return [(bounds[i], bounds[i + 1]) for i in chosen]
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """The definition on the ends: the output, or the three gradients stacked."""
+    """The definition on the compared part: the output, or the three gradients stacked."""
     part: Inputs = {name: inputs[name] for name in ("causal", "max_seqlen")}
     for name in ("q", "k", "v", "d_out"):
         if name in inputs:
-            part[name] = _ends(inputs, inputs[name]).to(dtype)
+            part[name] = _part(inputs, inputs[name]).to(dtype)
     if "cu_seqlens" in inputs:
-        lengths = [stop - start for start, stop in _end_spans(inputs)]
+        lengths = [stop - start for start, stop in _spans(inputs)]
         part["cu_seqlens"] = inputs["cu_seqlens"].new_tensor([0, *accumulate(lengths)])
     if "key_lengths" in inputs:
-        only_last = inputs["max_seqlen"] > _SAMPLED
-        part["key_lengths"] = _first_and_last(inputs["key_lengths"], 0, only_last)
-    result = differentiated(partial(_forward, attend=reference.attention), part)()
+        lengths = inputs["key_lengths"]
+        part["key_lengths"] = lengths[compared(inputs, len(lengths), _few(inputs))]
+    result = run_of(partial(_forward, attend=reference.attention), part)()
     return _by_head(result) if isinstance(result, tuple) else result
 
 
 def _select(inputs: Inputs, result: Any) -> Tensor:
     if isinstance(result, tuple):
-        return _by_head([_ends(inputs, gradient) for gradient in result])
-    return _ends(inputs, result)
+        return _by_head([_part(inputs, gradient) for gradient in result])
+    return _part(inputs, result)
 
 
 def _by_head(gradients: Sequence[Tensor]) -> Tensor:
@@ -183,14 +181,16 @@ def _cases() -> Iterator[Case]:
     for longest, causal in product((128, 256, 512, 1024, 2048, 4096, 8192, 16384), (False, True)):
         best_known = longest in (512, 4096)
         yield _case(longest, causal=causal, value=9 if best_known else 6)
+        yield _case(longest, heads=16, causal=causal, value=4 if best_known else 2)
+        yield _case(longest, causal=causal, backward=True, value=5 if best_known else 2)
     for longest, causal in product((128, 512, 2048, 8192), (False, True)):
         yield _case(longest, causal=causal, ragged="packed", value=8 if longest == 512 else 5)
     for longest, causal in product((128, 512, 2048), (False, True)):
         yield _case(longest, causal=causal, ragged="key lengths", value=4)
     for longest, causal in product((512, 4096), (False, True)):
-        yield _case(longest, heads=16, causal=causal, value=3)
         yield _case(longest, heads=8, dim=128, causal=causal, value=3)
-        yield _case(longest, causal=causal, backward=True, value=4)
+        yield _case(longest, heads=8, dim=128, causal=causal, backward=True, value=2)
+        yield _case(longest, causal=causal, ragged="packed", backward=True, value=2)
     for ragged, causal in (("", False), ("", True), ("packed", False), ("key lengths", False)):
         yield _case(64, tokens=256, heads=4, causal=causal, ragged=ragged, device="cpu")
     yield _case(64, tokens=128, heads=2, causal=True, backward=True, device="cpu")
@@ -202,7 +202,7 @@ def _ours(backend: str) -> Provider:
         reason = _forward(inputs, partial(ops.explain, ops.attention), **options).refusals
         if backend in reason:
             raise Unavailable(reason[backend])
-        return differentiated(partial(_forward, attend=ops.attention, **options), inputs)
+        return run_of(partial(_forward, attend=ops.attention, **options), inputs)
 
     return Provider(f"bertgpt {backend}", prepare, ours=True)
 

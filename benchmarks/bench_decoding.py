@@ -85,7 +85,7 @@ def _cases() -> Iterator[Case]:
     for name in ("gpt2-124M", "gpt2-355M"):
         for batch in (1, 8, 64):
             yield _case(name, batch, 96, value=8 if name == "gpt2-124M" else 4)
-    yield _case("gpt2-124M", 64, 32, prompt=960, value=6)
+        yield _case(name, 64, 32, prompt=960, value=6 if name == "gpt2-124M" else 3)
     yield _case("gpt2-tiny", 2, 4, prompt=8, device="cpu")
 
 

@@ -117,7 +117,7 @@ def compare(
 
 def main(
     batches: Annotated[int, typer.Option(help="Batches of each kind.")] = 6,
-    rounds: Annotated[int, typer.Option(help="Times each batch is encoded.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Times each batch is encoded.")] = 4,
     require: Annotated[bool, typer.Option("--require", help="Exit 1 below the figures.")] = False,
 ) -> None:
     """Time stock against packed, ragged and equal, and print a table."""

@@ -18,9 +18,20 @@ from torch import Tensor
 
 from bertgpt import ops, reference
 from bertgpt.benchmarks.bench_linear_gelu import WIDTHS
-from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, not_on_cpu
+from bertgpt.benchmarks.case import (
+    Case,
+    Inputs,
+    Provider,
+    Run,
+    Unavailable,
+    compared,
+    compiled,
+    differentiated,
+    ours,
+    some_rows,
+)
 
-_SAMPLED = 96
+_UNITS = 64  # inner units whose gradients are compared
 _TENSORS = ("x", "w_in", "b_in", "w_out", "b_out")
 
 
@@ -48,37 +59,57 @@ def _draw(
     return inputs
 
 
-def _ends(rows: Tensor) -> Tensor:
-    return torch.cat([rows[:_SAMPLED], rows[-_SAMPLED:]])
-
-
-def _run(function: Any, inputs: Inputs) -> Run:
-    """The forward call, or forward and backward to x and the weights where `d_out` is given."""
-    if "d_out" not in inputs:
-        return lambda: function(*_arguments(inputs))
-    leaves = [inputs[name].requires_grad_() for name in _TENSORS]
-    return lambda: torch.autograd.grad(function(*_arguments(inputs)), leaves, inputs["d_out"])
-
-
 def _arguments(inputs: Inputs) -> tuple[Any, ...]:
     return (*(inputs[name] for name in _TENSORS), inputs["approximate"])
 
 
-def _reference(*arguments: Any) -> Tensor:
-    return reference.gelu_ffn(*arguments[:5], approximate=arguments[5])
+def _call(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    return _arguments(inputs)[:5], {"approximate": inputs["approximate"]}
+
+
+def _run(function: Any, inputs: Inputs) -> Run:
+    """`function` by the op's signature, with gradients where `d_out` is given."""
+    args, kwargs = _call(inputs)
+    return differentiated(lambda: function(*args, **kwargs), inputs, _TENSORS)
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """The result's ends, or the gradient of x there: each row's depends on that row alone."""
-    part: Inputs = {name: inputs[name].detach().to(dtype) for name in _TENSORS}
-    part |= {"x": _ends(part["x"]), "approximate": inputs["approximate"]}
-    if "d_out" in inputs:
-        part["d_out"] = _ends(inputs["d_out"]).to(dtype)
-    return _first(_run(_reference, part)())
+    """Some rows of the result; backward of the gradient of x, and of some inner units' weights.
+
+    A row's gradient depends on that row alone, an inner unit's on that unit alone.
+    """
+    whole: Inputs = {name: inputs[name].detach().to(dtype) for name in _TENSORS}
+    whole["approximate"] = inputs["approximate"]
+    rows = whole | {"x": some_rows(inputs, whole["x"])}
+    if "d_out" not in inputs:
+        return _run(reference.gelu_ffn, rows)()
+    d_out, units = inputs["d_out"].to(dtype), _units(inputs)
+    rows["d_out"] = some_rows(inputs, d_out)
+    narrow = whole | {"w_in": whole["w_in"][units], "b_in": whole["b_in"][units]}
+    narrow |= {"w_out": whole["w_out"][:, units], "d_out": d_out}
+    d_x = _run(reference.gelu_ffn, rows)()[0]
+    _, d_w_in, d_b_in, d_w_out, d_b_out = _run(reference.gelu_ffn, narrow)()
+    return _stacked(d_x, d_w_in, d_b_in, d_w_out, d_b_out)
 
 
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+def _units(inputs: Inputs) -> Tensor:
+    return compared(inputs, len(inputs["b_in"]), _UNITS)
+
+
+def _select(inputs: Inputs, result: Any) -> Tensor:
+    if not isinstance(result, tuple):
+        return some_rows(inputs, result)
+    (d_x, d_w_in, d_b_in, d_w_out, d_b_out), units = result, _units(inputs)
+    d_x, d_w_in, d_b_in = some_rows(inputs, d_x), d_w_in[units], d_b_in[units]
+    return _stacked(d_x, d_w_in, d_b_in, d_w_out[:, units], d_b_out)
+
+
+def _stacked(
+    d_x: Tensor, d_w_in: Tensor, d_b_in: Tensor, d_w_out: Tensor, d_b_out: Tensor
+) -> Tensor:
+    """All gradients as rows of the model's width."""
+    biases = [F.pad(d_b_in, (0, d_x.shape[1] - len(d_b_in))), d_b_out]
+    return torch.cat([d_x, d_w_in, d_w_out.t(), torch.stack(biases)])
 
 
 def _case(rows: int, width: int, inner: int, approximate: str, **options: Any) -> Case:
@@ -100,7 +131,7 @@ def _case(rows: int, width: int, inner: int, approximate: str, **options: Any) -
             backward=backward,
         ),
         expected=_expected,
-        select=lambda inputs, result: _ends(_first(result)),
+        select=_select,
         flops=4.0 * rows * width * inner * (3 if backward else 1),
         bytes=float(elements * dtype.itemsize),
         tokens=rows,
@@ -110,12 +141,12 @@ def _case(rows: int, width: int, inner: int, approximate: str, **options: Any) -
 
 
 def _cases() -> Iterator[Case]:
-    for (width, inner), rows, backward in product(WIDTHS, (2048, 8192, 32768), (False, True)):
-        form = "none" if width == 768 else "tanh"
+    shapes = product(WIDTHS, (2048, 8192, 32768), ("none", "tanh"), (False, True))
+    for (width, inner), rows, form, backward in shapes:
         value = 7 if (rows, width) == (8192, 768) else 2
         yield _case(rows, width, inner, form, backward=backward, value=value)
-    for backward in (False, True):
-        yield _case(192, 96, 384, "none", device="cpu", backward=backward)
+    yield _case(192, 96, 384, "none", device="cpu")
+    yield _case(192, 96, 384, "tanh", device="cpu", backward=True)
 
 
 def _eager(
@@ -124,33 +155,30 @@ def _eager(
     return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate=approximate), w_out, b_out)
 
 
-def _provider(name: str, mode: str | None) -> Provider:
-    def prepare(case: Case, inputs: Inputs) -> Run:
-        return _run(torch.compile(_eager, mode=mode, dynamic=False), inputs)
+def _epilogue(case: Case, inputs: Inputs) -> Run:
+    """CuBLASLt's GELU epilogue, which is the tanh form, then the down-projection."""
+    if inputs["approximate"] != "tanh":
+        raise Unavailable("cuBLASLt has no erf epilogue")
+    if case.device != "cuda":
+        raise Unavailable("on a CPU it is no fused call")
+    if "d_out" in inputs:
+        raise Unavailable("it has no gradient")
+    x, w_in, b_in, w_out, b_out = (inputs[name] for name in _TENSORS)
 
-    return Provider(name, prepare, not_on_cpu("compiling takes longer than a CPU's small cases"))
+    def run() -> Tensor:
+        inner = torch._addmm_activation(b_in, x, w_in.t(), use_gelu=True)
+        return F.linear(inner, w_out, b_out)
 
-
-def _ours(backend: str) -> Provider:
-    def call(*arguments: Any) -> Tensor:
-        return ops.gelu_ffn(*arguments[:5], approximate=arguments[5], backend=backend)
-
-    def prepare(case: Case, inputs: Inputs) -> Run:
-        run, given = _run(call, inputs), _arguments(inputs)
-        explanation = ops.explain(ops.gelu_ffn, *given[:5], approximate=given[5], backend=backend)
-        if backend in explanation.refusals:
-            raise Unavailable(explanation.refusals[backend])
-        return run
-
-    return Provider(f"bertgpt {backend}", prepare, ours=True)
+    return run
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
 PROVIDERS: tuple[Provider, ...] = (
-    *(_ours(backend) for backend in ("cuda", "triton", "torch")),
+    *(ours(ops.gelu_ffn, backend, _call, _TENSORS) for backend in ("cuda", "triton", "torch")),
     Provider("linear, gelu, linear", lambda case, inputs: _run(_eager, inputs)),
-    _provider("torch.compile", None),
-    _provider("torch.compile max-autotune", "max-autotune-no-cudagraphs"),
+    compiled(_eager, _arguments, None, _TENSORS),
+    compiled(_eager, _arguments, "max-autotune-no-cudagraphs", _TENSORS),
+    Provider("addmm_activation, then linear", _epilogue),
 )
 
 

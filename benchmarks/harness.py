@@ -6,11 +6,12 @@ For one case and all its providers:
 2. let each provider prepare for every set, then put new values into the same memory;
 3. check each: outputs NaN beforehand, the result copied at once, the inputs unchanged;
 4. time in rounds, each provider once a round in a changing order, until the medians settle:
-   first cold (the sets in rotation), then warm (one set); keep one timed result of each;
-5. check the kept results, then put in new values again and check as in 3;
+   first cold (the sets in rotation), then warm (one set); before a round whose result is kept its
+   outputs are NaN, and what it changes in place is renewed;
+5. check the kept results, and that no set has changed; put in new values and check as in 3;
 6. refuse what is faster than the floor.
 
-A provider that fails any of it has a reason and no time.
+A provider that fails any of it, or changes a setting of torch, has a reason and no time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from typing import Any
 import torch
 
 from bertgpt.benchmarks import checks
-from bertgpt.benchmarks.case import Case, Inputs, Measurement, Provider, Refused, Run, Unavailable
+from bertgpt.benchmarks.case import (
+    SEED,
+    Case,
+    Inputs,
+    Measurement,
+    Provider,
+    Refused,
+    Run,
+    Unavailable,
+)
 from bertgpt.benchmarks.floors import TOLERANCE, Floors, cache_bytes
 from bertgpt.benchmarks.timing import (
     DeviceClock,
@@ -64,10 +74,22 @@ class Effort:
 # On a CPU samples are short, to fit between a neighbour's time slices, and many.
 EFFORT = {
     "cuda": Effort(sample_seconds=1e-3, rounds=(11, 51), spread=0.005, case_seconds=4.0),
-    "cpu": Effort(sample_seconds=0.0, rounds=(25, 400), spread=0.01, case_seconds=3.0),
+    "cpu": Effort(sample_seconds=0.0, rounds=(25, 400), spread=0.01, case_seconds=2.0),
 }
 # Every line once; the times mean nothing.
 REHEARSAL = Effort(sample_seconds=0.0, rounds=(2, 2), spread=1.0, case_seconds=1.0, sets=2)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A result: its values, the set of inputs it belongs to, and what it should be.
+
+    Without `truth` it should be what the set's inputs, which nobody may change, say later.
+    """
+
+    result: Any
+    index: int
+    truth: checks.Truth | None
 
 
 @dataclass
@@ -76,8 +98,7 @@ class Timing:
 
     samples: list[float] = field(default_factory=list)
     timer: str = ""
-    witness: Any = None
-    witness_set: int = 0
+    witness: Witness | None = None
 
 
 @dataclass
@@ -123,6 +144,9 @@ class Contest:
         self.generator = torch.Generator(self.device).manual_seed(self.random.getrandbits(62))
         self.sets: list[Inputs] = []
         self._truths: dict[int, checks.Truth] = {}
+        self._prints: list[checks.Fingerprint] = []
+        self._seed = 0  # of the part that is compared; no contender sees it
+        self._settings = checks.settings()
 
     def run(self) -> list[Measurement]:
         """The measurements of every provider, cold then warm.
@@ -156,7 +180,10 @@ class Contest:
             self.random.shuffle(standing)
         for contender in standing:
             try:
-                step(contender)
+                try:
+                    step(contender)
+                finally:
+                    checks.insist_on_settings(self._settings)
             except Unavailable as reason:
                 contender.reason, contender.absent = str(reason), True
             except Refused as reason:
@@ -186,12 +213,22 @@ class Contest:
         """New values in the same memory: what was kept from before fits no longer."""
         for inputs in self.sets:
             checks.refresh(self.case, inputs, self.generator)
+        self._prints = [checks.fingerprint(self.case, inputs) for inputs in self.sets]
         self._truths.clear()
+        self._seed = self.random.getrandbits(62)
+
+    def _judged(self, index: int) -> Inputs:
+        """A set as the definition sees it: with the seed of the part that is compared."""
+        return {**self.sets[index], SEED: self._seed}
 
     def _truth(self, index: int) -> checks.Truth:
         if index not in self._truths:
-            self._truths[index] = checks.Truth.of(self.case, self.sets[index])
+            self._truths[index] = checks.Truth.of(self.case, self._judged(index))
         return self._truths[index]
+
+    def _insist_on_correct(self, witness: Witness, when: str) -> None:
+        judged, truth = self._judged(witness.index), witness.truth or self._truth(witness.index)
+        checks.insist_on_correct(self.case, judged, truth, witness.result, when)
 
     def _check_all(self, when: str) -> None:
         index = self.random.randrange(len(self.sets))
@@ -205,7 +242,7 @@ class Contest:
         with checks.poisoned_outputs(previous, inputs):
             result, contender.peak_bytes = self._peak(call)
         checks.insist_on_unchanged(inputs, before)
-        checks.insist_on_correct(self.case, inputs, truth, result, when)
+        self._insist_on_correct(Witness(result, index, truth), when)
 
     def _peak(self, call: Run) -> tuple[Any, int | None]:
         """A copy of the call's result, taken at once, and what the call allocated at most."""
@@ -235,6 +272,26 @@ class Contest:
         self._each(lambda contender: self._check_witness(contender, cache))
 
     def _sample(self, contender: Contender, cache: str, graphs: dict[int, Graph | None]) -> None:
+        row, count, last = self._row(contender, cache, graphs)
+        timing = contender.timings[cache]
+        kind = "CUDA graph replay" if isinstance(row, Graph) else self.clock.name
+        timing.timer = f"{kind}, {count} calls a sample"
+        # Each round's result is kept equally likely; the contender cannot tell which.
+        kept = self.random.randrange(len(timing.samples) + 1) == 0
+        truth = self._spoil(contender, row, last) if kept else None
+        if cache == "warm":
+            contender.calls[0]()  # the other contenders have been here
+        timed = self.clock.sample(row)
+        timing.samples.append(timed.seconds / count)
+        if kept:
+            inputs, when = self.sets[last], f"while timed {cache}"
+            checks.insist_on_fingerprint(self.case, inputs, self._prints[last], when)
+            timing.witness = Witness(timed.witness, last, truth)
+
+    def _row(
+        self, contender: Contender, cache: str, graphs: dict[int, Graph | None]
+    ) -> tuple[Row, int, int]:
+        """What a sample runs, the number of its calls, and the set of inputs of its last call."""
         calls = contender.calls if cache == "cold" else contender.calls[:1]
         wanted = self.effort.sample_seconds / max(contender.seconds_a_call, 1e-9)
         count = min(max(math.ceil(wanted), 1), _MAX_CALLS)
@@ -242,29 +299,34 @@ class Contest:
             whole_turns = calls * math.ceil(count / len(calls))
             graphs[id(contender)] = self.clock.capture(whole_turns, contender.seconds_a_call)
         graph = graphs[id(contender)]
-        row: Row
         if graph is not None:
-            row, count, last = graph, graph.calls, len(calls) - 1
-        else:  # each sample goes on in the rotation where the one before it stopped
-            row = [calls[(contender.offset + i) % len(calls)] for i in range(count)]
-            last = (contender.offset + count - 1) % len(calls)
-            contender.offset += count
-        if cache == "warm":
-            calls[0]()  # the other contenders have been here
-        timed = self.clock.sample(row)
-        timing = contender.timings[cache]
-        timing.samples.append(timed.seconds / count)
-        kind = "CUDA graph replay" if graph is not None else self.clock.name
-        timing.timer = f"{kind}, {count} calls a sample"
-        if self.random.randrange(len(timing.samples)) == 0:  # each round is kept equally likely
-            timing.witness, timing.witness_set = timed.witness, last
+            return graph, graph.calls, len(calls) - 1
+        # Each sample goes on in the rotation where the one before it stopped.
+        row = [calls[(contender.offset + i) % len(calls)] for i in range(count)]
+        last = (contender.offset + count - 1) % len(calls)
+        contender.offset += count
+        return row, count, last
+
+    def _spoil(self, contender: Contender, row: Row, last: int) -> checks.Truth | None:
+        """Leaves nothing of an earlier call for the coming one to pass off as its own.
+
+        Returns what the coming result should be, where a call changes its inputs.
+        """
+        inputs = self.sets[last]
+        previous = row.result if isinstance(row, Graph) else contender.calls[last]()
+        checks.poison(previous, inputs)
+        if not self.case.mutable:
+            return None
+        checks.refresh(self.case, inputs, self.generator, self.case.mutable)
+        self._truths.pop(last, None)
+        return self._truth(last)
 
     def _check_witness(self, contender: Contender, cache: str) -> None:
         timing = contender.timings[cache]
-        index = timing.witness_set
-        checks.insist_on_correct(
-            self.case, self.sets[index], self._truth(index), timing.witness, f"while timed {cache}"
-        )
+        assert timing.witness is not None
+        for inputs, before in zip(self.sets, self._prints, strict=True):
+            checks.insist_on_fingerprint(self.case, inputs, before, f"while all were timed {cache}")
+        self._insist_on_correct(timing.witness, f"while timed {cache}")
         timing.witness = None
         self._insist_on_possible(cache, quartiles(timing.samples)[1])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bertgpt.benchmarks.report import Document, plot_kinds
-from bertgpt.benchmarks.results import Row, best_peer, speed_ratio
+from bertgpt.benchmarks.results import Row, best_peer, by_default, speed_ratio
 from bertgpt.benchmarks.suite import by_case
 
 _OURS, _PEER, _ROOF = "#1a7f5a", "#8a8f98", "#b3402a"
@@ -32,7 +32,7 @@ def numbers(kind: str, document: Document, rows: Sequence[Row]) -> Any:
     points = [
         (row.ours, row.flops / row.bytes, row.flops / row.seconds)
         for group in by_case(cold)
-        for row in (_fastest(group, ours=True), best_peer(group))
+        for row in (by_default(group), best_peer(group))
         if row is not None
     ]
     roofs = sorted(floors["flops"].items())
@@ -43,7 +43,7 @@ def numbers(kind: str, document: Document, rows: Sequence[Row]) -> Any:
 def _ratios(rows: Sequence[Row]) -> list[tuple[str, float, str]]:
     found = []
     for group in by_case(rows):
-        mine, peer = _fastest(group, ours=True), best_peer(group)
+        mine, peer = by_default(group), best_peer(group)
         if mine is not None and peer is not None:
             label = f"{mine.op}: {mine.case}"
             found.append((label, round(speed_ratio(mine, peer), 4), peer.provider))
@@ -55,16 +55,10 @@ def _memory(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
     found = []
     for group in by_case(rows):
         known = [row for row in group if row.peak_bytes is not None]
-        mine = [row.peak_bytes or 0 for row in known if row.ours]
-        peers = [row.peak_bytes or 0 for row in known if not row.ours]
-        if mine and peers:
-            found.append((f"{group[0].op}: {group[0].case}", min(mine), min(peers)))
+        mine, peers = by_default(known), [row.peak_bytes or 0 for row in known if not row.ours]
+        if mine is not None and peers:
+            found.append((f"{mine.op}: {mine.case}", mine.peak_bytes or 0, min(peers)))
     return found
-
-
-def _fastest(group: Sequence[Row], ours: bool) -> Row | None:
-    fitting = [row for row in group if row.ours == ours and row.samples]
-    return min(fitting, key=lambda row: row.seconds, default=None)
 
 
 def fingerprint(shown: Any) -> str:
@@ -144,7 +138,7 @@ def _paint_ratio(axes: Any, shown: Any) -> None:
     axes.set_yticks(places, [label for label, _, _ in shown], fontsize=7)
     axes.set_xlim(0, 1.6 * max([*values, 1.0]))
     axes.invert_yaxis()
-    axes.set_xlabel("speed of bertgpt's fastest backend against the best peer")
+    axes.set_xlabel("speed of bertgpt's default backend against the best peer")
 
 
 def _paint_memory(axes: Any, shown: Any) -> None:

@@ -1,6 +1,6 @@
 """Tables and plots from result files, and from nothing else.
 
-    python -m bertgpt.benchmarks.report                       the committed ones, in the documents
+    python -m bertgpt.benchmarks.report [FILE...]             the committed ones, in the documents
     python -m bertgpt.benchmarks.report FILE... --out FOLDER  others, as a text and plots
 
 A GPU's table gives times, rates, the share of the floor and the ratio to the best peer; a CPU's
@@ -17,7 +17,7 @@ from typing import Any
 
 from bertgpt.benchmarks import results
 from bertgpt.benchmarks.environment import ROOT
-from bertgpt.benchmarks.results import Row, best_peer, speed_ratio
+from bertgpt.benchmarks.results import Row, best_peer, by_default, speed_ratio
 from bertgpt.benchmarks.suite import by_case
 
 NO_GPU = "No GPU result is committed: no speed on a GPU is claimed here."
@@ -48,7 +48,7 @@ def tables(runs: Sequence[Run], images: str | None = None) -> str:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """What the README shows: the best of each op on each GPU, or that there is none."""
+    """What the README shows: each GPU's cases by the default backend, or that there is none."""
     gpus = [run for run in runs if run[1]["environment"]["kind"] == "cuda"]
     if not gpus:
         return NO_GPU
@@ -56,19 +56,20 @@ def summary(runs: Sequence[Run]) -> str:
     for _, document, rows in gpus:
         lines += [f"**{_title(document)}** (bf16 unless said, cold L2)", "", *_SUMMARY_HEAD]
         for group in by_case(row for row in rows if row.cache == "cold"):
-            mine, peer = _best_of_ours(group), best_peer(group)
+            mine, peer = by_default(group), best_peer(group)
             if mine is not None and peer is not None:
+                peers = sum(not row.ours for row in group if row.samples)
                 lines.append(
                     f"| {mine.op}: {mine.case} | {_time(mine.seconds)} | {_share(mine)} | "
-                    f"{speed_ratio(mine, peer):.2f}× {peer.provider} |"
+                    f"{speed_ratio(mine, peer):.2f}× {peer.provider} | {peers} |"
                 )
         lines.append("")
     return "\n".join(lines).strip()
 
 
 _SUMMARY_HEAD = (
-    "| case | time | of the floor | speed against the best peer |",
-    "|---|---|---|---|",
+    "| case | time | of the floor | speed against the best peer | peers measured |",
+    "|---|---|---|---|---|",
 )
 
 
@@ -153,11 +154,6 @@ def _unmeasured(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _best_of_ours(group: Sequence[Row]) -> Row | None:
-    mine = [row for row in group if row.ours and row.samples]
-    return min(mine, key=lambda row: row.seconds, default=None)
-
-
 def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3f} ms"
 
@@ -214,11 +210,15 @@ def publish(files: Sequence[Path], out: Path | None) -> list[Path]:
     """Writes report.md and plots into `out`, or, without it, the documents and their images.
 
     Raises:
-        ValueError: files without a folder: the documents show the committed files only.
+        ValueError: files without a folder that are not the committed ones, which alone the
+            documents show.
     """
     if out is None:
-        if files:
-            raise ValueError("name a folder for the report of these files: --out FOLDER")
+        if files and {path.resolve() for path in files} != {path.resolve() for path in committed()}:
+            raise ValueError(
+                f"the documents show the files in {results.FOLDER} and no others: name a folder "
+                "for the report of these files, --out FOLDER"
+            )
         if not all(path.exists() for path in DOCUMENTS):
             raise ValueError("the documents are in a checkout alone: name a folder with --out")
         runs = load(committed())

@@ -129,6 +129,14 @@ def best_peer(rows: Sequence[Row]) -> Row | None:
     return min(peers, key=lambda row: row.seconds, default=None)
 
 
+def by_default(rows: Sequence[Row]) -> Row | None:
+    """Ours among measured rows of one case and cache: the first, which bertgpt takes by itself.
+
+    Not the fastest: a user who names no backend does not get that one.
+    """
+    return next((row for row in rows if row.samples and row.ours), None)
+
+
 def speed_ratio(row: Row, peer: Row) -> float:
     """How many times faster than the peer, by the median of the rounds' ratios."""
     return ratio(peer.samples, row.samples)

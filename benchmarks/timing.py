@@ -46,7 +46,7 @@ Row = Sequence[Run] | Graph
 
 
 class WallClock:
-    """Wall-clock time on a CPU."""
+    """Wall-clock time on a CPU; where another process took it meanwhile, the processor's time."""
 
     name = "wall clock"
 
@@ -62,10 +62,13 @@ class WallClock:
         assert not isinstance(row, Graph)
         result = None
         time.sleep(_REST_SECONDS)
+        interruptions, own = _interruptions(), time.process_time()
         start = time.perf_counter()
         for call in row:
             result = call()
-        seconds = time.perf_counter() - start
+        seconds, own = time.perf_counter() - start, time.process_time() - own
+        if _interruptions() != interruptions:  # all threads' time: none is had for nothing
+            seconds = own
         return Timed(seconds, copied(result))
 
 
@@ -133,18 +136,32 @@ class DeviceClock:
         return Timed(begin.elapsed_time(end) * 1e-3, witness)
 
 
+def _interruptions() -> int:
+    """How often this thread has had to give the processor to another; 0 where nobody counts."""
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+    except (ImportError, AttributeError):  # not Linux
+        return 0
+
+
 def clock_for(device: str) -> WallClock | DeviceClock:
     """The clock of a kind of device."""
     return DeviceClock() if device == "cuda" else WallClock()
 
 
 def copied(result: Any) -> Any:
-    """A copy of the tensors in a result, now."""
-    if isinstance(result, torch.Tensor):
-        return result.detach().clone()
+    """A copy of a result, a tensor or a sequence of them, now.
+
+    Raises:
+        Refused: It is something else: what is computed when it is read was not timed.
+    """
     if isinstance(result, (tuple, list)):
-        return type(result)(copied(item) for item in result)
-    return result
+        return tuple(copied(item) for item in result)
+    if type(result) not in (torch.Tensor, torch.nn.Parameter):
+        raise Refused(f"its result is a {type(result).__name__}, not a plain tensor")
+    return result.detach().clone()
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from bertgpt.benchmarks.case import Case, Provider
 from bertgpt.benchmarks.floors import Floors
 from bertgpt.benchmarks.harness import REHEARSAL
 from bertgpt.benchmarks.results import Row
+from bertgpt.ops import _dispatch as ops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,6 +117,23 @@ def test_the_best_peer_is_the_fastest_measured_one():
     assert results.best_peer(ROWS[:1]) is None
 
 
+def test_ours_is_the_backend_taken_by_default_and_not_the_fastest():
+    fast = _row("bertgpt torch", (0.005, 0.005, 0.005))
+    rows = [_row("bertgpt cuda", (), reason="not built", absent=True), *ROWS, fast]
+    assert results.by_default(rows) == ROWS[0]
+    document = _document("cuda", rows)
+    assert "2.00× SDPA cuDNN | 2 |" in report.summary([("run", document, rows)])
+    ((_, ratio, _),) = plots.numbers("ratio", document, rows)
+    assert ratio == 2.0
+
+
+def test_providers_stand_in_the_order_in_which_a_backend_is_taken():
+    order = [f"bertgpt {backend}" for backend in ops.BACKENDS]
+    for entry in suite.entries("cuda"):
+        mine = [provider.name for provider in entry.providers if provider.name in order]
+        assert mine == sorted(mine, key=order.index), entry.case.label
+
+
 def test_a_rehearsal_is_named_as_one():
     document = _document("cpu", ROWS)
     document["environment"]["rehearsal"] = True
@@ -179,6 +197,26 @@ def test_publishing_into_a_folder(tmp_path):
     }  # fmt: skip
     with pytest.raises(ValueError, match="--out"):
         report.publish([tmp_path / "run.json"], None)
+
+
+def test_regenerating_from_the_committed_files_changes_nothing(tmp_path, monkeypatch):
+    """And `bertgpt bench report results/*.json` is the same command."""
+    pytest.importorskip("matplotlib")
+    pages = {tmp_path / "page.md": "results", tmp_path / "README.md": "gpu-results"}
+    for path, block in pages.items():
+        path.write_text(f"above\n<!-- {block} -->\nold\n<!-- /{block} -->\nbelow\n")
+    monkeypatch.setattr(report, "DOCUMENTS", pages)
+    monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    file = tmp_path / "results" / "h100.json"
+    results.write(file, _document("cuda", ROWS))
+    first = {path: path.read_bytes() for path in report.publish([], None)}
+    assert b"2.00" in first[tmp_path / "README.md"]
+    assert b"![roofline](images/h100-roofline.png)" in first[tmp_path / "page.md"]
+    assert {path: path.read_bytes() for path in report.publish([file], None)} == first
+    results.write(file, _document("cuda", [_row("bertgpt triton", (0.005,) * 3), *ROWS[1:]]))
+    changed = {path: path.read_bytes() for path in report.publish([], None)}
+    assert all(changed[path] != first[path] for path in first if "memory" not in path.name)
 
 
 def _case(name: str, value: float, draw: Any = None) -> Case:
@@ -344,7 +382,7 @@ def test_pytest_benchmark_keeps_its_record(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "two.json").read_text())["benchmarks"]
     assert {bench["group"] for bench in record} == {
         f"add_layer_norm: {case}, {cache}"
-        for case in ("256×384", "256×384 and the sum")
+        for case in ("1024×384", "1024×384 and the sum", "forward + backward 1024×384")
         for cache in ("cold", "warm")
     }
     for bench in record:

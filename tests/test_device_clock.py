@@ -37,11 +37,13 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.now = self.main = self.side = 0.0
-        self.captured: list[float] | None = None
+        self.captured: list[tuple[float, Callable[[], Any]]] | None = None
 
-    def work(self, seconds: float, side: bool = False) -> None:
+    def work(
+        self, seconds: float, side: bool = False, kernel: Callable[[], Any] = lambda: None
+    ) -> None:
         if self.captured is not None:
-            self.captured.append(seconds)
+            self.captured.append((seconds, kernel))
         elif side:
             self.side = max(self.side, self.now) + seconds
         else:
@@ -71,10 +73,12 @@ class FakeCuda:
         cuda = self
 
         class Graph:
-            durations: list[float]
+            launches: list[tuple[float, Callable[[], Any]]]
 
             def replay(self) -> None:
-                cuda.work(sum(self.durations))
+                cuda.work(sum(seconds for seconds, _ in self.launches))
+                for _, kernel in self.launches:
+                    kernel()
 
         return Graph()
 
@@ -83,7 +87,7 @@ class FakeCuda:
 
         class Capture:
             def __enter__(self) -> None:
-                graph.durations = cuda.captured = []
+                graph.launches = cuda.captured = []
 
             def __exit__(self, *error: Any) -> None:
                 cuda.captured = None
@@ -101,8 +105,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def _on_device(cuda: FakeCuda, seconds: float, side: bool) -> Callable[..., Any]:
     def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            cuda.work(seconds, side)
-            return _softmax(inputs)
+            out = _softmax(inputs)
+            cuda.work(seconds, side, lambda: out.copy_(_softmax(inputs)))
+            return out
 
         return run
 
@@ -137,3 +142,20 @@ def test_what_cannot_be_captured_is_timed_by_events(cuda):
     found = _run(_on_device(cuda, 5e-6, side=False), cuda)
     assert all(m.measured for m in found)
     assert "CUDA events" in found[0].timer
+
+
+def test_a_contender_that_launches_nothing_while_it_is_captured_is_refused(cuda):
+    """Its buffer holds the right result from the calls before."""
+
+    def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
+        buffer = torch.empty(64, 64)
+
+        def run() -> Tensor:
+            cuda.work(5e-6)
+            return buffer if cuda.captured is not None else buffer.copy_(_softmax(inputs))
+
+        return run
+
+    found = _run(prepare, cuda)
+    assert not found[0].measured
+    assert "wrong while timed cold: NaN" in found[0].reason

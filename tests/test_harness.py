@@ -5,67 +5,35 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contests import (
+    FLOORS,
+    ROWS,
+    TILE,
+    WIDTH,
+    case_of,
+    contest,
+    fresh,
+    honest,
+    mask,
+    reason_of,
+    softmax,
+)
 from torch import Tensor
 
 from bertgpt.benchmarks import checks, timing
-from bertgpt.benchmarks.case import Case, Inputs, Measurement, Provider, Refused, Unavailable
+from bertgpt.benchmarks.case import Case, Inputs, Provider, Refused, Unavailable
 from bertgpt.benchmarks.floors import Floors
 from bertgpt.benchmarks.harness import REHEARSAL, Contest
-from bertgpt.benchmarks.timing import DeviceClock, WallClock
-
-ROWS, WIDTH, TILE = 96, 64, 16
-FLOORS = Floors("cpu", {"float32": 1e15}, 1e15, 1e15)  # a machine that nothing here outruns
-
-
-def _draw(generator: torch.Generator, device: torch.device) -> Inputs:
-    x = torch.randn(ROWS, WIDTH, generator=generator, device=device)
-    limits = torch.randint(WIDTH // 2, WIDTH, (ROWS,), generator=generator, device=device)
-    return {"x": x, "limits": limits}
-
-
-def _mask(limits: Tensor) -> Tensor:
-    return torch.arange(WIDTH) < limits[:, None]
-
-
-def _softmax(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The op under test: a softmax over each row's first `limits` columns."""
-    x = inputs["x"].to(dtype).masked_fill(~_mask(inputs["limits"]), float("-inf"))
-    return x.softmax(-1)
-
-
-def _case(draw: Callable[..., Inputs] = _draw, **options: Any) -> Case:
-    return Case("softmax", "masked", "cpu", torch.float32, draw, _softmax, 1e3, 1e3, **options)
-
-
-def _run(
-    prepare: Callable[[Case, Inputs], Callable[[], Any]],
-    *,
-    case: Case | None = None,
-    floors: Floors = FLOORS,
-    clock: WallClock | DeviceClock | None = None,
-) -> list[Measurement]:
-    provider = Provider("contender", prepare)
-    return Contest(case or _case(), [provider], floors, REHEARSAL, clock).run()
-
-
-def _reason(prepare: Callable[[Case, Inputs], Callable[[], Any]], **options: Any) -> str:
-    """Why the contender was refused; it must have no samples then."""
-    found = _run(prepare, **options)
-    assert {m.cache for m in found} == {"cold", "warm"}
-    assert all(not m.samples and not m.measured and not m.absent for m in found)
-    return found[0].reason
-
-
-def _honest(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    return lambda: _softmax(inputs)
+from bertgpt.benchmarks.timing import Timed, WallClock
 
 
 def test_honest_work_is_measured():
-    found = _run(_honest)
+    found = contest(honest)
     assert [m.cache for m in found] == ["cold", "warm"]
     for m in found:
         assert m.measured, m.reason
@@ -74,7 +42,7 @@ def test_honest_work_is_measured():
 
 
 def _stale_forever(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    first = _softmax(inputs)
+    first = softmax(inputs)
     return lambda: first.clone()
 
 
@@ -83,7 +51,7 @@ def _stale_by_address(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         if inputs["x"].data_ptr() not in known:
-            known[inputs["x"].data_ptr()] = _softmax(inputs)
+            known[inputs["x"].data_ptr()] = softmax(inputs)
         return known[inputs["x"].data_ptr()].clone()
 
     return run
@@ -91,13 +59,13 @@ def _stale_by_address(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
 
 def _unwritten_output(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
     """Writes its buffer once and then relies on what stands in it."""
-    buffer = _softmax(inputs)
+    buffer = softmax(inputs)
     return lambda: buffer
 
 
 @pytest.mark.parametrize("cheat", [_stale_forever, _stale_by_address, _unwritten_output])
 def test_a_stale_output_is_refused(cheat):
-    assert "wrong before timing" in _reason(cheat)
+    assert "wrong before timing" in reason_of(cheat)
 
 
 def test_a_result_that_goes_stale_once_it_has_been_checked_is_refused():
@@ -110,30 +78,13 @@ def test_a_result_that_goes_stale_once_it_has_been_checked_is_refused():
             nonlocal calls, kept
             calls += 1
             if calls <= 2 * REHEARSAL.sets + 3 or kept is None:  # warm-up, estimate, check
-                kept = _softmax(inputs).mul(1.001)  # what it repeats is a little off
-                return _softmax(inputs)
+                kept = softmax(inputs).mul(1.001)  # what it repeats is a little off
+                return softmax(inputs)
             return kept.clone()
 
         return run
 
-    assert "wrong" in _reason(prepare)
-
-
-def test_a_result_that_is_stale_only_while_timed_is_refused():
-    """The result that is kept from the timing is checked itself."""
-    calls = 0
-    before_timing = 2 * REHEARSAL.sets + 2  # warm-up and estimate, then the check's two calls
-    while_timed = range(before_timing + 1, before_timing + 1 + 6)  # 2 cold, 2 warm and their reads
-
-    def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            nonlocal calls
-            calls += 1
-            return torch.full((ROWS, WIDTH), 0.5) if calls in while_timed else _softmax(inputs)
-
-        return run
-
-    assert "wrong while timed cold" in _reason(prepare)
+    assert "wrong" in reason_of(prepare)
 
 
 def test_a_tile_left_to_the_call_before_is_refused():
@@ -145,50 +96,50 @@ def test_a_tile_left_to_the_call_before_is_refused():
             nonlocal calls
             calls += 1
             rows = ROWS if calls % 2 else ROWS - TILE
-            out[:rows] = _softmax(inputs)[:rows]
+            out[:rows] = softmax(inputs)[:rows]
             return out
 
         return run
 
-    assert "wrong before timing" in _reason(prepare)
+    assert "wrong before timing" in reason_of(prepare)
 
 
 @pytest.mark.parametrize("reuse", [False, True])
 def test_a_skipped_last_tile_is_refused(reuse):
     def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-        kept = _softmax(inputs)
+        kept = softmax(inputs)
 
         def run() -> Tensor:
             out = kept if reuse else torch.empty(ROWS, WIDTH)
-            out[:-TILE] = _softmax(inputs)[:-TILE]
+            out[:-TILE] = softmax(inputs)[:-TILE]
             return out
 
         return run
 
-    assert "wrong before timing" in _reason(prepare)
+    assert "wrong before timing" in reason_of(prepare)
 
 
 def test_a_tile_outside_the_compared_part_is_missed_by_no_one():
     """The definition may be evaluated on a part; NaN is looked for everywhere."""
 
     def expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-        return _softmax(inputs, dtype)[:TILE]
+        return softmax(inputs, dtype)[:TILE]
 
     case = Case(
-        "softmax", "part", "cpu", torch.float32, _draw, expected, 1e3, 1e3,
+        "softmax", "part", "cpu", torch.float32, fresh, expected, 1e3, 1e3,
         select=lambda inputs, result: result[:TILE],
     )  # fmt: skip
 
     def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         def run() -> Tensor:
             out = torch.empty(ROWS, WIDTH)
-            out[:-TILE] = _softmax(inputs)[:-TILE]
+            out[:-TILE] = softmax(inputs)[:-TILE]
             return out
 
         return run
 
-    assert "not written" in _reason(prepare, case=case)
-    assert _run(_honest, case=case)[0].measured
+    assert "not written" in reason_of(prepare, case=case)
+    assert contest(honest, case=case)[0].measured
 
 
 def test_work_in_the_background_is_refused():
@@ -201,7 +152,7 @@ def test_work_in_the_background_is_refused():
 
             def work() -> None:
                 time.sleep(0.02)
-                out.copy_(_softmax(inputs))
+                out.copy_(softmax(inputs))
 
             threads.append(threading.Thread(target=work))
             threads[-1].start()
@@ -209,7 +160,7 @@ def test_work_in_the_background_is_refused():
 
         return run
 
-    reason = _reason(prepare)
+    reason = reason_of(prepare)
     for thread in threads:
         thread.join()
     assert "wrong" in reason
@@ -218,20 +169,20 @@ def test_work_in_the_background_is_refused():
 def test_a_changed_input_is_refused():
     def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            result = _softmax(inputs)
+            result = softmax(inputs)
             inputs["x"].mul_(0.5)
             return result
 
         return run
 
-    assert "changed its input x" in _reason(prepare)
-    allowed = _case(mutable=frozenset({"x"}))
-    assert _run(_in_place_then_back, case=allowed)[0].measured
+    assert "changed its input x" in reason_of(prepare)
+    allowed = case_of(mutable=frozenset({"x"}))
+    assert contest(_in_place_then_back, case=allowed)[0].measured
 
 
 def _in_place_then_back(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        result = _softmax(inputs)
+        result = softmax(inputs)
         inputs["x"].mul_(-1.0).mul_(-1.0)
         return result
 
@@ -241,25 +192,33 @@ def _in_place_then_back(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
 @pytest.mark.parametrize("share", [1.0, 0.75])
 def test_inputs_of_zeros_are_refused(share):
     def draw(generator: torch.Generator, device: torch.device) -> Inputs:
-        inputs = _draw(generator, device)
+        inputs = fresh(generator, device)
         inputs["x"][: int(ROWS * share)] = 0
         return inputs
 
     with pytest.raises(Refused, match=r"input x is constant|of input x is zero"):
-        _run(_honest, case=_case(draw))
+        contest(honest, case=case_of(draw))
+
+
+def test_a_constant_input_is_refused():
+    def draw(generator: torch.Generator, device: torch.device) -> Inputs:
+        return {**fresh(generator, device), "x": torch.ones(ROWS, WIDTH)}
+
+    with pytest.raises(Refused, match="input x is constant"):
+        contest(honest, case=case_of(draw))
 
 
 def test_a_contender_that_computes_on_zeros_is_refused():
     def prepare(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         zeros = {"x": torch.zeros(ROWS, WIDTH), "limits": inputs["limits"]}
-        return lambda: _softmax(zeros)
+        return lambda: softmax(zeros)
 
-    assert "wrong" in _reason(prepare)
+    assert "wrong" in reason_of(prepare)
 
 
 def _fewer_rows(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
     half = {"x": inputs["x"][: ROWS // 2], "limits": inputs["limits"][: ROWS // 2]}
-    return lambda: _softmax(half)
+    return lambda: softmax(half)
 
 
 def _without_the_mask(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
@@ -267,35 +226,35 @@ def _without_the_mask(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _mask_built_beforehand(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    hidden = ~_mask(inputs["limits"])
+    hidden = ~mask(inputs["limits"])
     return lambda: inputs["x"].masked_fill(hidden, float("-inf")).softmax(-1)
 
 
 @pytest.mark.parametrize("cheat", [_fewer_rows, _without_the_mask, _mask_built_beforehand])
 def test_a_peer_with_less_work_is_refused(cheat):
-    assert "wrong before timing" in _reason(cheat)
+    assert "wrong before timing" in reason_of(cheat)
 
 
 def test_a_mask_may_be_planned_where_the_case_says_so():
-    case = _case(planned=frozenset({"limits"}))
-    assert _run(_mask_built_beforehand, case=case)[0].measured
+    case = case_of(planned=frozenset({"limits"}))
+    assert contest(_mask_built_beforehand, case=case)[0].measured
 
 
 def test_a_time_below_the_floor_is_refused():
     slow_machine = Floors("cpu", {"float32": 1.0}, 1e15, 1e15)
     slow_machine.measure = lambda dtypes: None
-    assert "faster than the machine allows" in _reason(_honest, floors=slow_machine)
+    assert "faster than the machine allows" in reason_of(honest, floors=slow_machine)
 
 
 def test_the_floor_is_measured_again_before_a_result_is_refused():
     """A neighbour may have slowed the first measurement."""
     floors = Floors("cpu", {"float32": 1.0}, 1.0, 1.0)
-    assert _run(_honest, floors=floors)[0].measured
+    assert contest(honest, floors=floors)[0].measured
     assert floors.flops["float32"] > 1e6
 
 
 def test_memory_bounds_cold_results_of_a_gpu_only():
-    case = Case("copy", "big", "cuda", torch.float32, _draw, _softmax, flops=10.0, bytes=100.0)
+    case = Case("copy", "big", "cuda", torch.float32, fresh, softmax, flops=10.0, bytes=100.0)
     floors = Floors("cuda", {"float32": 10.0}, 10.0, 20.0)
     assert floors.seconds(case) == pytest.approx(5.0)
     assert floors.limit(case, "cold") == pytest.approx(5.0)
@@ -312,10 +271,10 @@ def test_failures_and_absences_are_told_apart():
     providers = [
         Provider("broken", broken),
         Provider("absent", absent),
-        Provider("missing", _honest, absent=lambda case: "not installed"),
-        Provider("honest", _honest),
+        Provider("missing", honest, absent=lambda case: "not installed"),
+        Provider("honest", honest),
     ]
-    found = {m.provider.name: m for m in Contest(_case(), providers, FLOORS, REHEARSAL).run()}
+    found = {m.provider.name: m for m in Contest(case_of(), providers, FLOORS, REHEARSAL).run()}
     assert found["broken"].reason == "RuntimeError: no kernel image"
     assert not found["broken"].absent
     assert found["absent"].absent
@@ -326,38 +285,60 @@ def test_failures_and_absences_are_told_apart():
 def test_contenders_take_turns():
     """Interleaved: in every round each contender has one sample before any has another."""
     order: list[str] = []
+    sampled: list[str] = []
+
+    class Recorder(WallClock):
+        def sample(self, row: Any) -> Timed:
+            timed = super().sample(row)
+            sampled.append(order[-1])
+            return timed
 
     def prepare(name: str) -> Callable[[Case, Inputs], Callable[[], Tensor]]:
         def prepared(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
             def run() -> Tensor:
                 order.append(name)
-                return _softmax(inputs)
+                return softmax(inputs)
 
             return run
 
         return prepared
 
-    contest = Contest(
-        _case(), [Provider(n, prepare(n)) for n in "abc"], FLOORS, REHEARSAL
-    )  # one call a sample
-    contest._draw()
-    contest._each(contest._prepare)
-    order.clear()
-    contest._time("cold")
-    assert [set(order[i : i + 3]) for i in (0, 3)] == [set("abc")] * 2
-    assert len(order) == 6
+    providers = [Provider(name, prepare(name)) for name in "abc"]
+    Contest(case_of(), providers, FLOORS, REHEARSAL, Recorder()).run()
+    rounds = [set(sampled[i : i + 3]) for i in range(0, len(sampled), 3)]
+    assert rounds == [set("abc")] * 2 * REHEARSAL.rounds[0]
 
 
 def test_fresh_values_land_in_the_same_memory():
     generator = torch.Generator().manual_seed(1)
-    inputs = _draw(generator, torch.device("cpu"))
+    inputs = fresh(generator, torch.device("cpu"))
     before = {name: (value.data_ptr(), value.clone()) for name, value in inputs.items()}
-    checks.refresh(_case(planned=frozenset({"limits"})), inputs, generator)
+    checks.refresh(case_of(planned=frozenset({"limits"})), inputs, generator)
     assert {name: value.data_ptr() for name, value in inputs.items()} == {
         name: address for name, (address, _) in before.items()
     }
     assert not torch.equal(inputs["x"], before["x"][1])
     assert torch.equal(inputs["limits"], before["limits"][1])
+
+
+@pytest.mark.parametrize(("interrupted", "seconds"), [(False, 5.0), (True, 2.0)])
+def test_time_that_another_process_took_is_not_counted(monkeypatch, interrupted, seconds):
+    """The call takes 2 s of the processor's time and 5 s in all."""
+    wall, own, count = iter([0.0, 5.0]), iter([10.0, 12.0]), iter([7, 7 + interrupted])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(timing, "_interruptions", lambda: next(count))
+    assert WallClock().sample([lambda: torch.zeros(1)]).seconds == seconds
+
+
+def test_interruptions_are_counted_as_the_kernel_counts_them():
+    status = Path("/proc/thread-self/status")
+    if not status.exists():
+        pytest.skip("only Linux counts them for a thread")
+    before = timing._interruptions()
+    lines = [line for line in status.read_text().splitlines() if line.startswith("nonvoluntary")]
+    assert before <= int(lines[0].split()[1]) <= timing._interruptions()
 
 
 def test_statistics():
