@@ -105,9 +105,18 @@ def _check(
 
 def _check_writable(name: str, pages: Tensor) -> None:
     """A copy of the pages would be written in vain, so their layout must do as it is."""
-    for size, stride in zip(pages.shape, pages.stride(), strict=True):
-        if size > 1 and stride == 0:
-            raise ValueError(f"{name} is expanded (strides {pages.stride()}); it is written to")
+    if pages.is_contiguous() or pages.numel() == 0:
+        return
+    # Each dimension must step past all that the ones of smaller stride reach.
+    reach = 0
+    for stride, size in sorted(zip(pages.stride(), pages.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{name} is {tuple(pages.shape)} with strides {pages.stride()}: it is expanded, or "
+                "its elements overlap or interleave, and it is written in place; give pages whose "
+                "dimensions nest"
+            )
+        reach += (size - 1) * stride
     if pages.shape[-1] > 1 and pages.stride(-1) != 1:
         raise ValueError(
             f"{name} must have last stride 1, not strides {pages.stride()}: it is written in place"
