@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
+from hypothesis import settings
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,6 +40,11 @@ def awkward_sizes(tile: int) -> tuple[int, ...]:
     below = max((p for p in primes if p < tile), default=1)
     above = min(p for p in primes if p > 2 * tile)
     return tuple(sorted({0, 1, below, tile - 1, tile, tile + 1, above}))
+
+
+def examples(of_hundred: int, **options: Any) -> settings:
+    """Hypothesis settings of a test that draws this many examples where the profile says 100."""
+    return settings(max_examples=of_hundred * settings().max_examples // 100, **options)
 
 
 def cu_seqlens(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:

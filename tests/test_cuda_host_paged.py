@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import test_paged_write as writes
 import torch
-from cases import KERNEL_DTYPES, banded_copy, poisoned, poisoned_allocations, randn
-from hypothesis import HealthCheck, given, settings
+from cases import KERNEL_DTYPES, banded_copy, examples, poisoned, poisoned_allocations, randn
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from paged_batch import PagedBatch, paged_batch
 from test_paged_attention import check_problem
@@ -46,7 +46,7 @@ def decodes(draw):
 
 
 @given(problem=decodes(), schedule=st.integers(0, 2**32))
-@settings(max_examples=60, **ONCE)
+@examples(60, **ONCE)
 def test_decoding_is_accurate(host_engine, problem, schedule):
     host_engine.set_schedule(schedule)
     with poisoned_allocations():
@@ -227,7 +227,7 @@ def test_misaligned_rows_are_refused_in_words():
 
 
 @given(tensors=write_problems(KERNEL_DTYPES), schedule=st.integers(0, 2**32))
-@settings(max_examples=60, **ONCE)
+@examples(60, **ONCE)
 def test_tokens_land_in_their_slots_and_nothing_else_changes(host_engine, tensors, schedule):
     host_engine.set_schedule(schedule)
     writes.check_write(tensors, "cuda")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import ALL_DTYPES, banded_copy, randn, with_odd_strides
-from hypothesis import given, settings
+from cases import ALL_DTYPES, banded_copy, examples, randn, with_odd_strides
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_bitwise
 
@@ -63,7 +63,7 @@ def check_write(tensors, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(tensors=problems(ALL_DTYPES))
-@settings(max_examples=60)
+@examples(60)
 def test_tokens_land_in_their_slots_and_nothing_else_changes(backend, tensors):
     check_write(tensors, backend)
 
