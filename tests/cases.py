@@ -142,16 +142,17 @@ def poisoned_allocations() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = was_filling
 
 
-def rows_far_apart(values: torch.Tensor) -> torch.Tensor:
-    """The rows of values [R, E] 2^30 elements apart, so that a 32-bit offset wraps from row 2 on.
+def rows_far_apart(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The same values 2^30 elements apart along `dim`: a 32-bit offset wraps from row 2 on.
 
     The memory is reserved, not used; as much lies before it, so that a wrapped offset reads zeros
     rather than ending the process.
     """
     apart, before = 2**30, 2**31
-    size = (before + apart * values.shape[0]) * values.dtype.itemsize
+    size = (before + apart * values.shape[dim]) * values.dtype.itemsize
     reserve_nothing = 0x4000  # MAP_NORESERVE, which the mmap module does not name before 3.13
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
     memory = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=values.dtype)
-    view = memory[before:].as_strided(values.shape, (apart, 1))
-    return view.copy_(values)
+    strides = list(values.contiguous().stride())
+    strides[dim] = apart
+    return memory[before:].as_strided(values.shape, strides).copy_(values)
