@@ -56,6 +56,7 @@ def _attention(make: _Maker) -> Iterator[Sample]:
         {"causal": True, "return_lse": True, "scale": -0.1},
         {"causal": True, "return_lse": True, "scale": 0.0},
         {"window": (7, 3)},
+        {"window": (51, 35)},  # just short of the farthest key on either side
         {"key_lengths": torch.tensor([0, 50], dtype=torch.int32), "return_lse": True},
         {"mask": make.randint(0, 2, 2, 1, 37, 53).bool(), "causal": True},
         {
@@ -64,7 +65,7 @@ def _attention(make: _Maker) -> Iterator[Sample]:
             "return_lse": True,
         },
     ]
-    for dim, kv_heads, chosen in ((64, 4, padded), (40, 2, padded[2:7]), (128, 1, padded[6:])):
+    for dim, kv_heads, chosen in ((64, 4, padded), (40, 2, padded[2:8]), (128, 1, padded[7:])):
         shape_k = (2, 53, kv_heads, dim)
         for options in chosen:
             q, k, v = make.randn(2, 37, 4, dim), make.randn(*shape_k), make.randn(*shape_k)
@@ -120,7 +121,14 @@ def _paged_attention(make: _Maker) -> Iterator[Sample]:
     long = torch.tensor([1300], dtype=torch.int32)  # several splits
     pages = make.randn(82, 1, 16, 64), make.randn(82, 1, 16, 64)
     table = torch.randperm(82, generator=make.generator).view(1, 82)
-    yield Sample("paged_attention", (make.randn(1, 4, 64), *pages, table, long), {})
+    yield Sample(
+        "paged_attention", (make.randn(1, 4, 64), *pages, table, long), {"return_lse": True}
+    )
+    full = torch.tensor([48], dtype=torch.int32)  # of 48: the farthest key is 47 away
+    pages, table = (make.randn(3, 1, 16, 64), make.randn(3, 1, 16, 64)), torch.tensor([[2, 0, 1]])
+    yield Sample(
+        "paged_attention", (make.randn(1, 4, 64), *pages, table, full), {"window": (46, -1)}
+    )
     lengths = torch.tensor([1, 37, 0, 64], dtype=torch.int32)
     chunks = torch.tensor([0, 1, 6, 6, 11], dtype=torch.int32)
     for dim, kv_heads in ((64, 4), (40, 2), (128, 1)):
@@ -139,6 +147,7 @@ def _paged_attention(make: _Maker) -> Iterator[Sample]:
         chunked: list[dict[str, Any]] = [
             {},
             {"causal": False},
+            {"causal": False, "window": (-1, 3)},
             {"window": (2, -1)},
             {"scale": -0.1},
         ]
