@@ -30,7 +30,7 @@ def paged_write(
         k: New keys, [T, K, D]; float16, bfloat16, float32 or float64.
         v: New values, shaped like k.
         k_pages: [P, K, N, D], pages of N tokens; dtype and device of k; changed in place. Any
-            strides with a unit last one.
+            strides with a unit last one whose dimensions nest: no element may overlap another.
         v_pages: Like k_pages.
         slots: int32 or int64 [T], page · N + place in the page. A negative slot skips its token;
             of tokens with the same slot the last one stays.
