@@ -146,10 +146,3 @@ def test_no_axis_but_the_first_grows_with_the_heads(heads, monkeypatch):
         assert grid[0] < 2**31
         assert all(size <= 65_535 for size in grid[1:])
     assert max(grid[0] for grid in grids.seen) >= heads
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("heads", [65_535, 65_536])
-def test_attention_on_that_many_heads(heads):
-    q, k, v = (randn(heads, 1, 1, 2, seed=i) for i in range(3))
-    assert_bitwise(ops.attention(q, k, v, **TRITON), v)  # one key: its value
