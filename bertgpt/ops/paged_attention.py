@@ -164,9 +164,8 @@ def _check_values(call: Call) -> None:
     pages, _, page_size, _ = call["k_pages"].shape
     keys = page_table.shape[1] * page_size
     checks.check_range("lengths", lengths, 0, keys, ValueError)
-    most = -(-max(lengths.tolist(), default=0) // page_size)  # pages of the longest sequence
-    entry = torch.arange(most, device=page_table.device)
-    used = page_table[:, :most][entry * page_size < lengths[:, None]]
+    entry = torch.arange(page_table.shape[1], device=page_table.device)
+    used = page_table[entry * page_size < lengths[:, None]]
     checks.check_range("page_table", used, 0, pages - 1, IndexError)
     if call["cu_seqlens_q"] is None:
         return
