@@ -175,7 +175,7 @@ class BertForNextSentencePrediction(_Head):
 
     def _score(self, run: Run, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logits = self.cls["seq_relationship"](self._pooled(run))
-        loss = None if labels is None else objectives.cross_entropy(logits, labels.view(-1))
+        loss = None if labels is None else objectives.cross_entropy(logits, labels)
         return logits, loss
 
 
@@ -274,7 +274,9 @@ class BertForPreTraining(_TiedHead):
         following = self.cls["seq_relationship"](self._pooled(run))
         loss = None if next_sentence_label is None else _token_loss(words, labels, run.batch)
         if loss is not None and next_sentence_label is not None:
-            loss = loss + objectives.cross_entropy(following, next_sentence_label.view(-1))
+            loss = loss + objectives.cross_entropy(
+                following, next_sentence_label, "next_sentence_label"
+            )
         output = PreTrainingOutput(
             loss=loss,
             prediction_logits=leave(words, run.batch),

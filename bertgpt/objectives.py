@@ -17,12 +17,28 @@ from bertgpt.packing import PackedBatch, pad
 IGNORE = -100
 
 
+def check_labels(name: str, labels: Any, beside: Tensor) -> Tensor:
+    """`labels` is a tensor on the device of `beside`.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it lies elsewhere.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(labels).__name__}")
+    if labels.device != beside.device:
+        raise ValueError(f"{name} is on {labels.device}, but the model is on {beside.device}")
+    return labels
+
+
 def token_labels(name: str, labels: Tensor, batch: PackedBatch) -> Tensor:
     """Labels of a batch's tokens `[T]`, from `[T]`, or from the padded `[B, L]` it came from.
 
     Raises:
-        ValueError: the labels have the shape of neither.
+        TypeError: the labels are no tensor.
+        ValueError: the labels have the shape of neither, or lie on another device.
     """
+    labels = check_labels(name, labels, batch.values)
     tokens = batch.values.shape[0]
     if batch.grid is not None and labels.shape == batch.grid.shape:
         return batch.grid.select(labels)
@@ -32,23 +48,25 @@ def token_labels(name: str, labels: Tensor, batch: PackedBatch) -> Tensor:
     raise ValueError(f"{name} must have shape {expected}, not {list(labels.shape)}")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of `logits` `[N, C]` against `labels` `[N]`, −100 ignored.
+def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
+    """Mean cross-entropy of `logits` `[N, C]` against `labels`, N of them, −100 ignored.
 
     Raises:
         TypeError: labels that are no integers.
-        ValueError: not one label a row.
+        ValueError: not one label a row, or labels on another device.
         IndexError: a label outside 0 … C − 1 on a CPU (on a GPU, PyTorch's own assertion).
     """
+    labels = check_labels(name, labels, logits)
     if labels.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"labels must be int32 or int64, not {labels.dtype}")
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels must have shape {[logits.shape[0]]}, not {list(labels.shape)}")
+        raise TypeError(f"{name} must be int32 or int64, not {labels.dtype}")
+    if labels.numel() != logits.shape[0]:
+        raise ValueError(f"{name} must have shape {[logits.shape[0]]}, not {list(labels.shape)}")
+    labels = labels.reshape(-1)
     classes = logits.shape[1]
     if labels.device.type == "cpu":
         odd = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
         if odd.numel():
-            raise IndexError(f"labels holds {int(odd[0])}, outside 0 … {classes - 1} and not −100")
+            raise IndexError(f"{name} holds {int(odd[0])}, outside 0 … {classes - 1} and not −100")
     return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE)
 
 
@@ -69,8 +87,10 @@ def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
     labels mean a single label.
 
     Raises:
-        ValueError: `config.problem_type` is none of the three.
+        TypeError: labels of the wrong kind.
+        ValueError: `config.problem_type` is none of the three, or labels of another shape.
     """
+    labels = check_labels("labels", labels, logits)
     problem = config.problem_type
     if problem is None:
         integers = labels.dtype in (torch.int32, torch.int64)
@@ -83,7 +103,7 @@ def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
             )
         return F.mse_loss(logits.squeeze().float(), labels.squeeze().float())
     if problem == "single_label_classification":
-        return cross_entropy(logits, labels.view(-1))
+        return cross_entropy(logits, labels)
     if problem == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
     raise ValueError(
@@ -115,11 +135,12 @@ def span_loss(
     for i, (name, given) in enumerate(
         (("start_positions", start_positions), ("end_positions", end_positions))
     ):
+        given = check_labels(name, given, logits)
         if given.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, not {given.dtype}")
         if given.numel() != rows:
             raise ValueError(f"{name} must hold {rows} positions, not {list(given.shape)}")
-        place = given.view(-1, 1).long().clamp(min=0)
+        place = given.reshape(-1, 1).long().clamp(min=0)
         inside = place < length
         inside &= real.gather(1, place.clamp(max=max(length - 1, 0))) if length else inside
         target = place.masked_fill(~inside, IGNORE).view(-1)

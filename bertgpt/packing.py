@@ -61,7 +61,7 @@ class PackedBatch:
 
     Raises:
         TypeError: a field's dtype is not the one above.
-        ValueError: shapes, lengths and boundaries disagree.
+        ValueError: shapes, lengths and boundaries disagree, or the tensors' devices.
     """
 
     values: Tensor
@@ -96,10 +96,13 @@ class PackedBatch:
                 )
         for name in ("token_type_ids", "position_ids"):
             ids = getattr(self, name)
-            if ids is not None and ids.shape != (tokens,):
+            if ids is None:
+                continue
+            _check_integers(name, ids)
+            if ids.shape != (tokens,):
                 raise ValueError(f"{name} must have shape [{tokens}], not {list(ids.shape)}")
-            if ids is not None:
-                _check_integers(name, ids)
+        for name in ("cu_seqlens", "token_type_ids", "position_ids"):
+            _check_device(name, getattr(self, name), "values", self.values)
         missing = {
             name: ids
             for name, ids in self._ids().items()
@@ -224,9 +227,9 @@ def unpad(
         position_ids: `[B, L]` integers to pack alongside.
 
     Raises:
-        TypeError: ids that are not int32 or int64.
-        ValueError: a shape does not match `attention_mask`, the mask is not `[B, L]`, or it holds
-            negative values (as additive masks do).
+        TypeError: ids that are not int32 or int64, a complex mask.
+        ValueError: a shape does not match `attention_mask`, the mask is not `[B, L]`, it holds
+            negative values (as additive masks do), or a device differs or is "meta".
     """
     for name, value in (("padded", padded), ("attention_mask", attention_mask)):
         if not isinstance(value, Tensor):
@@ -240,10 +243,12 @@ def unpad(
     ids = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in ids.items():
         _check_integers(name, tensor)
+        _check_device(name, tensor, "the padded tensor", padded)
         if tensor.shape != attention_mask.shape:
             raise ValueError(
                 f"{name} must have shape {list(attention_mask.shape)}, not {list(tensor.shape)}"
             )
+    _check_mask(attention_mask, padded)
     batch, length = attention_mask.shape
     keep = attention_mask != 0
     counts = keep.sum(dim=1, dtype=torch.int32)
@@ -281,10 +286,13 @@ def pad(
         `[B, L, ...]` in the dtype of `values`.
 
     Raises:
+        TypeError: `values` is no tensor or `batch` no `PackedBatch`.
         ValueError: `values` has not one row per token, or `side` is unknown.
     """
     if not isinstance(values, Tensor):
         raise TypeError(f"values must be a tensor, not {type(values).__name__}")
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"batch must be a PackedBatch, not {type(batch).__name__}")
     if values.shape[:1] != batch.values.shape[:1]:
         raise ValueError(
             f"values has {values.shape[0] if values.ndim else 0} rows, but the batch has "
@@ -334,7 +342,24 @@ def _flatten(name: str, rows: Sequence[Tokens]) -> tuple[Tensor, tuple[int, ...]
     return torch.tensor(flat, dtype=torch.int64), tuple(map(len, lists))
 
 
-def _check_integers(name: str, ids: Tensor) -> None:
+def _check_mask(attention_mask: Tensor, padded: Tensor) -> None:
+    if attention_mask.is_complex():
+        raise TypeError(f"attention_mask must be bool or numeric, not {attention_mask.dtype}")
+    _check_device("attention_mask", attention_mask, "the padded tensor", padded)
+    if attention_mask.is_meta:
+        raise ValueError("attention_mask is on meta, which holds no values: move it to a device")
+
+
+def _check_device(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
+    if tensor is not None and tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one"
+        )
+
+
+def _check_integers(name: str, ids: Any) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, not {ids.dtype}")
 

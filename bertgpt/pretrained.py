@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import nn
 
 from bertgpt import checkpoint
 from bertgpt.layers import ACTIVATIONS, AddNorm
+from bertgpt.ops.attention import MAX_HEAD_DIM
 
 Config = TypeVar("Config", bound="PretrainedConfig")
 Model = TypeVar("Model", bound="PreTrainedModel")
@@ -148,23 +150,35 @@ _NOT_DONE = {
 }
 
 
-def _check_sizes(config: Any) -> None:
+def _check_numbers(config: Any) -> None:
+    """Sizes, probabilities, and the other reals, which are all magnitudes, lie in their ranges."""
     for known in fields(config):
-        if known.type == "int" and not known.name.endswith("_token_id"):
-            value = getattr(config, known.name)
+        value = getattr(config, known.name)
+        kind, _, optional = str(known.type).partition(" | ")
+        if known.name.endswith("_token_id") or (optional == "None" and value is None):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind == "int":
             least = 0 if known.name in _MAY_BE_ZERO else 1
-            whole = isinstance(value, int) and value >= least
+            whole = number and isinstance(value, int) and value >= least
             require(whole, known.name, value, f"it must be an integer of {least} or more")
+        elif kind == "float" and known.name.endswith(("_prob", "_pdrop", "_dropout")):
+            probable = number and 0.0 <= value <= 1.0
+            require(probable, known.name, value, "it must be a probability, from 0 to 1")
+        elif kind == "float":
+            magnitude = number and 0.0 <= value < math.inf
+            require(magnitude, known.name, value, "it must be a finite number, not negative")
 
 
 def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> None:
     """Refuses what no model here does.
 
     Raises:
-        ValueError: a size is no positive integer, the width does not split into heads, the
-            activation has no op, or the config asks for something else that is not done here.
+        ValueError: a size is no positive integer, a probability or epsilon no such number, the
+            width does not split into heads of at most 256, the activation has no op, or the config
+            asks for something else that is not done here.
     """
-    _check_sizes(config)
+    _check_numbers(config)
     for field, instead in _NOT_DONE.items():
         value = getattr(config, field, None)
         require(not value, field, value, instead)
@@ -173,6 +187,12 @@ def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> 
         "num_attention_heads",
         heads,
         f"it must divide hidden_size, {width}",
+    )
+    require(
+        width // heads <= MAX_HEAD_DIM,
+        "num_attention_heads",
+        heads,
+        f"heads of {width // heads} are too wide for the kernels, {MAX_HEAD_DIM} is the most",
     )
     activation = getattr(config, activation_field)
     require(

@@ -100,15 +100,19 @@ def _attention(make: _Maker) -> Iterator[Sample]:
         {},
         {"return_lse": True},
         {"causal": True, "return_lse": True},
+        {"causal": True, "return_lse": True, "scale": -0.1},
+        {"causal": True, "return_lse": True, "scale": 0.0},
         {"window": (7, 3)},
-        {"key_lengths": torch.tensor([0, 50], dtype=torch.int32)},
+        {"window": (51, 35)},  # just short of the farthest key on either side
+        {"key_lengths": torch.tensor([0, 50], dtype=torch.int32), "return_lse": True},
         {"mask": make.randint(0, 2, 2, 1, 37, 53).bool(), "causal": True},
         {
             "mask": make.randn(1, 4, 1, 53).masked_fill(make.randint(0, 3, 53) == 0, -torch.inf),
             "causal": True,
+            "return_lse": True,
         },
     ]
-    for dim, kv_heads, chosen in ((64, 4, padded), (40, 2, padded[2:5]), (128, 1, padded[4:])):
+    for dim, kv_heads, chosen in ((64, 4, padded), (40, 2, padded[2:8]), (128, 1, padded[7:])):
         shape_k = (2, 53, kv_heads, dim)
         for options in chosen:
             q, k, v = make.randn(2, 37, 4, dim), make.randn(*shape_k), make.randn(*shape_k)
@@ -120,6 +124,9 @@ def _attention(make: _Maker) -> Iterator[Sample]:
         q, k, v = (make.randn(sum(_RAGGED), 2, 64) for _ in range(3))
         options = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max(_RAGGED), "causal": causal}
         yield Sample("attention", (q, k, v), options)
+    for scale in (-0.1, 0.0):  # as many queries as keys, where a fused op may mask before it scales
+        q, k, v = (make.randn(1, 37, 2, 64) for _ in range(3))
+        yield Sample("attention", (q, k, v), {"causal": True, "scale": scale})
 
 
 def _linear_gelu(make: _Maker) -> Iterator[Sample]:
@@ -180,17 +187,36 @@ def _paged_attention(make: _Maker) -> Iterator[Sample]:
     long = torch.tensor([1300], dtype=torch.int32)  # several splits
     pages = make.randn(82, 1, 16, 64), make.randn(82, 1, 16, 64)
     table = torch.randperm(82, generator=make.generator).view(1, 82)
-    yield Sample("paged_attention", (make.randn(1, 4, 64), *pages, table, long), {})
+    yield Sample(
+        "paged_attention", (make.randn(1, 4, 64), *pages, table, long), {"return_lse": True}
+    )
+    full = torch.tensor([48], dtype=torch.int32)  # of 48: the farthest key is 47 away
+    pages, table = (make.randn(3, 1, 16, 64), make.randn(3, 1, 16, 64)), torch.tensor([[2, 0, 1]])
+    yield Sample(
+        "paged_attention", (make.randn(1, 4, 64), *pages, table, full), {"window": (46, -1)}
+    )
     lengths = torch.tensor([1, 37, 0, 64], dtype=torch.int32)
     chunks = torch.tensor([0, 1, 6, 6, 11], dtype=torch.int32)
     for dim, kv_heads in ((64, 4), (40, 2), (128, 1)):
         table = torch.randperm(20, generator=make.generator).to(torch.int32).view(4, 5)
         pages = make.randn(20, kv_heads, 16, dim), make.randn(20, kv_heads, 16, dim)
-        single: list[dict[str, Any]] = [{}, {"return_lse": True}, {"window": (9, -1)}]
+        single: list[dict[str, Any]] = [
+            {},
+            {"return_lse": True},
+            {"window": (9, -1)},
+            {"scale": -0.1},
+            {"scale": 0.0},
+        ]
         for options in single:
             args = (make.randn(4, 4, dim), *pages, table, lengths)
             yield Sample("paged_attention", args, options)
-        chunked: list[dict[str, Any]] = [{}, {"causal": False}, {"window": (2, -1)}]
+        chunked: list[dict[str, Any]] = [
+            {},
+            {"causal": False},
+            {"causal": False, "window": (-1, 3)},
+            {"window": (2, -1)},
+            {"scale": -0.1},
+        ]
         for options in chunked:
             args = (make.randn(11, 4, dim), *pages, table, lengths)
             options = {"cu_seqlens_q": chunks, "max_seqlen_q": 5, **options}

@@ -78,7 +78,7 @@ def _paged_write_kernel(
     # 2. A later token with the same slot replaces this one.
     replaced = tl.zeros([BLOCK_T], tl.int32)
     for start in tl.range(first, num_tokens, BLOCK_S):
-        later = start + tl.arange(0, BLOCK_S)
+        later = tl.full([], start, tl.int64) + tl.arange(0, BLOCK_S)
         later_ptrs = slots_ptr + later * stride_s
         later_slot = tl.load(later_ptrs, mask=later < num_tokens, other=-1).to(tl.int64)
         same = (later_slot[None, :] == slot[:, None]) & (later[None, :] > token[:, None])
@@ -91,7 +91,8 @@ def _paged_write_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask = written[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_T, BLOCK_D]
     first_head = tl.program_id(1).to(tl.int64) * HEADS
-    for head in tl.range(first_head, tl.minimum(first_head + HEADS, num_kv_heads)):
+    for index in tl.range(first_head, tl.minimum(first_head + HEADS, num_kv_heads)):
+        head = tl.full([], index, tl.int64)
         k_rows = k_ptr + token * stride_kt + head * stride_kh
         v_rows = v_ptr + token * stride_vt + head * stride_vh
         k = tl.load(k_rows[:, None] + offs_d[None, :], mask=mask)

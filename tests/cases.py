@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
+from hypothesis import settings
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,6 +40,11 @@ def awkward_sizes(tile: int) -> tuple[int, ...]:
     below = max((p for p in primes if p < tile), default=1)
     above = min(p for p in primes if p > 2 * tile)
     return tuple(sorted({0, 1, below, tile - 1, tile, tile + 1, above}))
+
+
+def examples(of_hundred: int, **options: Any) -> settings:
+    """Hypothesis settings of a test that draws this many examples where the profile says 100."""
+    return settings(max_examples=of_hundred * settings().max_examples // 100, **options)
 
 
 def cu_seqlens(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -135,16 +142,17 @@ def poisoned_allocations() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = was_filling
 
 
-def rows_far_apart(values: torch.Tensor) -> torch.Tensor:
-    """The rows of values [R, E] 2^30 elements apart, so that a 32-bit offset wraps from row 2 on.
+def rows_far_apart(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The same values 2^30 elements apart along `dim`: a 32-bit offset wraps from row 2 on.
 
     The memory is reserved, not used; as much lies before it, so that a wrapped offset reads zeros
     rather than ending the process.
     """
     apart, before = 2**30, 2**31
-    size = (before + apart * values.shape[0]) * values.dtype.itemsize
+    size = (before + apart * values.shape[dim]) * values.dtype.itemsize
     reserve_nothing = 0x4000  # MAP_NORESERVE, which the mmap module does not name before 3.13
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
     memory = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=values.dtype)
-    view = memory[before:].as_strided(values.shape, (apart, 1))
-    return view.copy_(values)
+    strides = list(values.contiguous().stride())
+    strides[dim] = apart
+    return memory[before:].as_strided(values.shape, strides).copy_(values)

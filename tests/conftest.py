@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
-settings.register_profile(
-    "bertgpt",
+COMMON = settings(
     deadline=None,
-    derandomize=True,
     database=None,
-    max_examples=100,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.load_profile("bertgpt")
+# `examples(n)` of tests/cases.py, n of 100, follows these.
+settings.register_profile("bertgpt", COMMON, derandomize=True, max_examples=100)
+settings.register_profile("thorough", COMMON, derandomize=False, max_examples=10_000)
+settings.load_profile(os.environ.get("BERTGPT_HYPOTHESIS", "bertgpt"))
 
 
 def pytest_configure() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, awkward_sizes, banded_copy, randn
+from cases import KERNEL_DTYPES, awkward_sizes, banded_copy, examples, randn
 from gradients import check_gradients, gradients, pulls_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_accurate, assert_bitwise
 
@@ -56,7 +56,7 @@ def test_more_rows_than_programs_and_fewer(rows):
     check(inputs((rows, 60), torch.float32), return_sum=True)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=3),
     E=st.integers(0, 300),

@@ -10,11 +10,12 @@ from cases import (
     awkward_sizes,
     banded,
     banded_copy,
+    examples,
     poisoned_allocations,
     randn,
     rows_far_apart,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_accurate, assert_bitwise
 
@@ -76,7 +77,7 @@ def test_awkward_row_counts(rows):
     check(inputs((rows,), 300, torch.float16))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=3),
     E=st.integers(0, 600),

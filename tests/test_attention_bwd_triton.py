@@ -14,12 +14,13 @@ from cases import (
     awkward_sizes,
     banded_copy,
     cu_seqlens,
+    examples,
     poisoned_allocations,
     randn,
     rows_far_apart,
     with_odd_strides,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_accurate, assert_bitwise
 
@@ -95,7 +96,7 @@ def test_packed(lengths, causal, tiles):
     check(q, k, v, causal=causal, window=(90, -1) if causal else None, **cu)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     sizes=st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 50)),
     heads=st.sampled_from([(1, 1), (4, 1), (6, 3)]),

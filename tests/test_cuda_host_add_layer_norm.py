@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, poisoned_allocations, randn
-from hypothesis import HealthCheck, given, settings
+from cases import KERNEL_DTYPES, examples, poisoned_allocations, randn
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from test_add_layer_norm import assert_both_accurate, inputs
 from tolerance import assert_bitwise
@@ -22,7 +22,7 @@ CUDA = {"backend": "cuda"}
     dropout_p=st.sampled_from([0.0, 0.3, 1.0]),
     schedule=st.integers(0, 2**32),
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_of_every_width_are_accurate(
     host_engine, leading, chunks, dtype, options, dropout_p, schedule
 ):

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, banded_copy, poisoned, poisoned_allocations, randn
+from cases import KERNEL_DTYPES, banded_copy, examples, poisoned, poisoned_allocations, randn
 from host_engine import lend, plain
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from paged_batch import PagedBatch, paged_batch
 from test_paged_attention import check_problem
@@ -47,7 +47,7 @@ def decodes(draw):
 
 
 @given(problem=decodes(), schedule=st.integers(0, 2**32))
-@settings(max_examples=60, **ONCE)
+@examples(60, **ONCE)
 def test_decoding_is_accurate(host_engine, problem, schedule):
     host_engine.set_schedule(schedule)
     with poisoned_allocations():

@@ -3,8 +3,8 @@
 import pytest
 import test_paged_write as writes
 import torch
-from cases import KERNEL_DTYPES, banded_copy
-from hypothesis import HealthCheck, given, settings
+from cases import KERNEL_DTYPES, banded_copy, examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from test_paged_write import problem as write_problem
 from test_paged_write import problems as write_problems
@@ -19,7 +19,7 @@ ONCE = {"suppress_health_check": [HealthCheck.function_scoped_fixture, HealthChe
 
 
 @given(tensors=write_problems(KERNEL_DTYPES), schedule=st.integers(0, 2**32))
-@settings(max_examples=60, **ONCE)
+@examples(60, **ONCE)
 def test_tokens_land_in_their_slots_and_nothing_else_changes(host_engine, tensors, schedule):
     host_engine.set_schedule(schedule)
     writes.check_write(tensors, "cuda")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, poisoned_allocations, randn, with_odd_strides
-from hypothesis import HealthCheck, given, settings
+from cases import KERNEL_DTYPES, examples, poisoned_allocations, randn, with_odd_strides
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from sampling import INF, SEEDED, expected, logits_of, problems, settings_of
 from tolerance import assert_bitwise
@@ -28,7 +28,7 @@ def check(logits, run):
     problem=problems(KERNEL_DTYPES, vocabularies=(1, 2, 3, 7, 13, 64, 127, 300, 1031, 2100)),
     schedule=st.integers(0, 2**32),
 )
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tokens_are_the_references(host_engine, problem, schedule):
     host_engine.set_schedule(schedule)
     check(*problem)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, awkward_sizes, banded_copy, randn
+from cases import KERNEL_DTYPES, awkward_sizes, banded_copy, examples, randn
 from gradients import check_gradients, gradients, pulls_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_accurate, assert_bitwise
 
@@ -69,7 +69,7 @@ def test_awkward_outputs(K):
     check_ffn(ffn(9, 24, 40, K, torch.float32), "tanh")
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=3),
     E=st.integers(0, 70),

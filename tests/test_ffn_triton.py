@@ -9,11 +9,12 @@ from cases import (
     awkward_sizes,
     banded,
     banded_copy,
+    examples,
     poisoned_allocations,
     randn,
     rows_far_apart,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_accurate, assert_bitwise
 
@@ -78,7 +79,7 @@ def test_awkward_inner_sizes(K):
     check(*inputs(3, K, 40, torch.float32))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     leading=st.lists(st.integers(0, 6), max_size=3),
     K=st.integers(0, 140),
@@ -224,7 +225,7 @@ def test_float32_weights_beside_half_inputs(dtype):
     assert_accurate(y, reference.linear_gelu(*doubles), reference.linear_gelu(x, w, b))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=2),
     E=st.integers(1, 40),

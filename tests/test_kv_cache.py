@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import randn
-from hypothesis import given, settings
+from cases import examples, randn
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -117,7 +117,7 @@ class Allocator(RuleBasedStateMachine):
         assert len(held) == len(set(held))
 
 
-Allocator.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Allocator.TestCase.settings = examples(60, stateful_step_count=40)
 TestAllocator = Allocator.TestCase
 
 
@@ -193,7 +193,7 @@ def test_a_negative_allocation_is_refused():
 
 
 @given(prompts=st.lists(st.integers(1, 20), min_size=1, max_size=4), steps=st.integers(0, 12))
-@settings(max_examples=20)
+@examples(20)
 def test_prefill_and_decoding_equal_attention_over_everything(prompts, steps):
     """Chunks, then single tokens, through the cache give each row of plain causal attention."""
     heads, dim = 2, 4

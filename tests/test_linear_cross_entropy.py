@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ALL_DTYPES, HALF_DTYPES, awkward_sizes
-from hypothesis import given, settings
+from cases import ALL_DTYPES, HALF_DTYPES, awkward_sizes, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from loss_cases import IGNORE, assert_small_gradients_survive, check, inputs, results
 from tolerance import assert_bitwise
@@ -61,7 +61,7 @@ def test_it_is_torchs_cross_entropy(reduction, backend):
         torch.testing.assert_close(got, want)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     T=st.integers(0, 40),
     V=st.integers(1, 70),

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, awkward_sizes, banded, banded_copy, poisoned_allocations
+from cases import KERNEL_DTYPES, awkward_sizes, banded, banded_copy, examples, poisoned_allocations
 from cases import rows_far_apart as far_apart
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loss_cases import IGNORE, assert_small_gradients_survive, inputs, results
 from loss_cases import check as check_backend
@@ -71,7 +71,7 @@ def test_awkward_widths(E):
         check(inputs(20, 40, E, torch.float16))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     T=st.integers(0, 150),
     V=st.integers(0, 300),

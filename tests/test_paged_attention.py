@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import ALL_DTYPES, KERNEL_DTYPES, cu_seqlens
-from hypothesis import given, settings
+from cases import ALL_DTYPES, KERNEL_DTYPES, cu_seqlens, examples
+from hypothesis import given
 from paged_batch import paged_batch, problems
 from tolerance import assert_accurate, assert_bitwise
 
@@ -85,7 +85,7 @@ def check_problem(problem, backend):
         ALL_DTYPES, longest=70, longest_chunk=20, page_sizes=[1, 3, 8, 16, 64], head_dims=[5, 8, 31]
     )
 )
-@settings(max_examples=150)
+@examples(150)
 def test_torch_is_accurate(problem):
     check_problem(problem, "torch")
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, banded_copy, poisoned_allocations
-from hypothesis import given, settings
+from cases import KERNEL_DTYPES, banded_copy, examples, poisoned_allocations
+from hypothesis import given
 from paged_batch import paged_batch, problems
 from test_paged_attention import check_problem
 from test_paged_write import check_write
@@ -44,7 +44,7 @@ def small_tiles(monkeypatch):
         head_dims=[8, 31, 64],
     )
 )
-@settings(max_examples=30)
+@examples(30)
 def test_attention_is_accurate(problem):
     with poisoned_allocations():
         check_problem(problem, "triton")
@@ -59,7 +59,7 @@ def test_attention_is_accurate(problem):
         head_dims=[8, 16],
     )
 )
-@settings(max_examples=20)
+@examples(20)
 def test_attention_over_many_splits_is_accurate(problem):
     with pytest.MonkeyPatch.context() as patch, poisoned_allocations():
         patch.setattr(paged_attention, "pick_config", lambda *args: SMALL_TILES)
@@ -213,7 +213,7 @@ def test_the_merge_reads_live_splits_alone(live):
 
 
 @given(tensors=write_problems(KERNEL_DTYPES, most_tokens=40))
-@settings(max_examples=60)
+@examples(60)
 def test_writes_land_in_their_slots_and_nothing_else_changes(tensors):
     check_write(tensors, "triton")
 

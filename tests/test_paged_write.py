@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import ALL_DTYPES, banded_copy, randn, with_odd_strides
-from hypothesis import given, settings
+from cases import ALL_DTYPES, banded_copy, examples, randn, with_odd_strides
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_bitwise
 
@@ -63,7 +63,7 @@ def check_write(tensors, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(tensors=problems(ALL_DTYPES))
-@settings(max_examples=60)
+@examples(60)
 def test_tokens_land_in_their_slots_and_nothing_else_changes(backend, tensors):
     check_write(tensors, backend)
 
@@ -134,7 +134,7 @@ K, V, K_PAGES, V_PAGES, SLOTS = problem(torch.tensor([0, 5]))
         ({"v_pages": V_PAGES.half()}, TypeError, "v_pages is torch.float16"),
         ({"k_pages": K_PAGES[:, :, :0], "v_pages": V_PAGES[:, :, :0]}, ValueError, "N ≥ 1"),
         ({"k_pages": K_PAGES.mT.contiguous().mT}, ValueError, "k_pages must have last stride 1"),
-        ({"v_pages": V_PAGES[:1].expand(4, -1, -1, -1)}, ValueError, "v_pages is expanded"),
+        ({"v_pages": V_PAGES[:1].expand(4, -1, -1, -1)}, ValueError, "v_pages is .* expanded"),
         ({"slots": SLOTS.float()}, TypeError, "slots must be int32 or int64"),
         ({"slots": SLOTS.short()}, TypeError, "slots must be int32 or int64"),
         ({"slots": SLOTS[:1]}, ValueError, "slots must be"),

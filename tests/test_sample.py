@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import ALL_DTYPES, HALF_DTYPES, randn, with_odd_strides
-from hypothesis import given, settings
+from cases import ALL_DTYPES, HALF_DTYPES, examples, randn, with_odd_strides
+from hypothesis import given
 from hypothesis import strategies as st
 from sampling import INF, SEEDED, expected, logits_of, problems, settings_of
 from tolerance import assert_bitwise
@@ -21,7 +21,7 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(problem=problems(ALL_DTYPES))
-@settings(max_examples=120)
+@examples(120)
 def test_tokens_are_those_of_a_brute_force_sort(backend, problem):
     logits, run = problem
     tokens = ops.sample(logits, **run, backend=backend)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
+_WIDEST = 2**62  # of a window: added to a position, a larger bound would wrap
 
 
 def check_tensor(name: str, value: Any, rank: int | None = None) -> None:
@@ -108,6 +109,23 @@ def in_range(values: Tensor, low: int, high: int) -> bool:
     return low <= least.item() and greatest.item() <= high
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """`value` is True or False: "no" or 0 would pass for one by its truth."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return bool(value)
+
+
+def check_longest(name: str, value: Any) -> None:
+    """`value`, a bound on sequence lengths, is None or an integer that is not negative."""
+    if value is None:
+        return
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, it is {value}")
+
+
 def check_window(window: Any) -> tuple[int, int]:
     """`window` is None or (left, right), each −1 (unbounded) or more; returns the pair."""
     if window is None:
@@ -117,9 +135,11 @@ def check_window(window: Any) -> tuple[int, int]:
     left, right = window
     if not (isinstance(left, int) and isinstance(right, int)):
         raise TypeError(f"window bounds must be integers, not {window!r}")
-    if left < -1 or right < -1:
-        raise ValueError(f"window bounds must be -1 (unbounded) or more, not {window!r}")
-    return (left, right)
+    if not (-1 <= left < 2**63 and -1 <= right < 2**63):
+        raise ValueError(
+            f"window bounds must be -1 (unbounded) or more and fit 64 bits, not {window!r}"
+        )
+    return (min(left, _WIDEST), min(right, _WIDEST))
 
 
 def check_dropout(dropout_p: float) -> float:

@@ -362,7 +362,7 @@ class Explanation:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend a call would run on, running nothing.
+    """Says which backend a call would run on. No kernel runs; values of CPU tensors are checked.
 
     Args:
         op: The op or its name, such as `"attention"` or `bertgpt.ops.attention`.
@@ -374,7 +374,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     Raises:
         ValueError: There is no such op, or the arguments are what the op itself would refuse.
-        TypeError: Likewise.
+        TypeError, IndexError: Likewise.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in OPS:
@@ -382,6 +382,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     record = OPS[name]
     with torch.random.fork_rng(devices=[]):  # a check may draw a dropout seed
         call = record.check(*args, **kwargs)
+    if device_of(call).type == "cpu":
+        record.check_values(call)
     refusals = {b: r for b in BACKENDS if (r := record.refusal(b, call)) is not None}
     asked = call["backend"]
     order = default_order(device_of(call)) if asked is None else (asked,)

@@ -98,8 +98,8 @@ def _check(
     return {
         "x": x, "residual": residual, "weight": weight, "bias": bias, "eps": float(eps),
         "dropout_p": dropout_p, "seed": checks.as_seed(seed, dropout_p),
-        "return_sum": bool(return_sum), "needs_grad": needs_grad(x, residual, weight, bias),
-        "backend": backend,
+        "return_sum": checks.check_flag("return_sum", return_sum),
+        "needs_grad": needs_grad(x, residual, weight, bias), "backend": backend,
     }  # fmt: skip
 
 

@@ -131,12 +131,14 @@ def _check(
             )
     grad = needs_grad(q, k, v, mask)
     return {
-        "q": q, "k": k, "v": v, "mask": mask, "key_lengths": key_lengths, "causal": bool(causal),
+        "q": q, "k": k, "v": v, "mask": mask, "key_lengths": key_lengths,
+        "causal": checks.check_flag("causal", causal),
         "window": [window_left, window_right],
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "dropout_p": dropout_p,
-        "seed": checks.as_seed(seed, dropout_p), "return_lse": bool(return_lse),
+        "seed": checks.as_seed(seed, dropout_p),
+        "return_lse": checks.check_flag("return_lse", return_lse),
         "return_stats": grad, "needs_grad": grad, "backend": backend,
     }  # fmt: skip
 
@@ -183,7 +185,8 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
     checks.check_device("mask", mask, "q", q)
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     aligned = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if len(aligned) != 4 or any(m not in (1, n) for m, n in zip(aligned, shape, strict=True)):
+    # Not `m not in (1, n)`, which torch.compile cannot guard where one of them is symbolic.
+    if len(aligned) != 4 or any(m != 1 and m != n for m, n in zip(aligned, shape, strict=True)):
         raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to [B, H, L, S] = {shape}")
     if mask.dtype == torch.float64 and q.dtype != torch.float64:
         # Scores are added up in float32: a finite bias must stay finite there.
@@ -206,10 +209,7 @@ def _check_packed(side: str, cu_seqlens: Any, max_seqlen: Any, tokens: Tensor) -
     checks.check_device(f"cu_seqlens_{side}", cu_seqlens, side, tokens)
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens_{side} must hold B + 1 entries, starting with 0; it is empty")
-    if max_seqlen is not None and not isinstance(max_seqlen, int | torch.SymInt):
-        raise TypeError(f"max_seqlen_{side} must be an integer, not {max_seqlen!r}")
-    if max_seqlen is not None and max_seqlen < 0:
-        raise ValueError(f"max_seqlen_{side} must not be negative, it is {max_seqlen}")
+    checks.check_longest(f"max_seqlen_{side}", max_seqlen)
 
 
 def _check_values(call: Call) -> None:

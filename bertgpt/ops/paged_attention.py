@@ -112,10 +112,10 @@ def _check(
         "lengths": lengths,
         "cu_seqlens_q": cu_seqlens_q,
         "max_seqlen_q": max_seqlen_q,
-        "causal": bool(causal),
+        "causal": checks.check_flag("causal", causal),
         "window": [window_left, window_right],
         "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
-        "return_lse": bool(return_lse),
+        "return_lse": checks.check_flag("return_lse", return_lse),
         "backend": backend,
     }
 
@@ -141,10 +141,9 @@ def _check_sequences(
     checks.check_shape("lengths", lengths, page_table.shape[:1], "[B], a row of page_table each")
     checks.check_device("page_table", page_table, "q", q)
     checks.check_device("lengths", lengths, "q", q)
-    if max_seqlen_q is not None and max_seqlen_q < 0:
-        raise ValueError(f"max_seqlen_q must not be negative, it is {max_seqlen_q}")
+    checks.check_longest("max_seqlen_q", max_seqlen_q)
     if cu_seqlens_q is None:
-        if max_seqlen_q not in (1, None):
+        if max_seqlen_q is not None and max_seqlen_q != 1:
             raise ValueError(f"max_seqlen_q {max_seqlen_q} needs cu_seqlens_q beside it")
         if q.shape[0] != lengths.shape[0]:
             raise ValueError(

@@ -30,7 +30,7 @@ def paged_write(
         k: New keys, [T, K, D]; float16, bfloat16, float32 or float64.
         v: New values, shaped like k.
         k_pages: [P, K, N, D], pages of N tokens; dtype and device of k; changed in place. Any
-            strides with a unit last one.
+            strides with a unit last one whose dimensions nest: no element may overlap another.
         v_pages: Like k_pages.
         slots: int32 or int64 [T], page · N + place in the page. A negative slot skips its token;
             of tokens with the same slot the last one stays.
@@ -105,9 +105,18 @@ def _check(
 
 def _check_writable(name: str, pages: Tensor) -> None:
     """A copy of the pages would be written in vain, so their layout must do as it is."""
-    for size, stride in zip(pages.shape, pages.stride(), strict=True):
-        if size > 1 and stride == 0:
-            raise ValueError(f"{name} is expanded (strides {pages.stride()}); it is written to")
+    if pages.is_contiguous() or pages.numel() == 0:
+        return
+    # Each dimension must step past all that the ones of smaller stride reach.
+    reach = 0
+    for stride, size in sorted(zip(pages.stride(), pages.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{name} is {tuple(pages.shape)} with strides {pages.stride()}: it is expanded, or "
+                "its elements overlap or interleave, and it is written in place; give pages whose "
+                "dimensions nest"
+            )
+        reach += (size - 1) * stride
     if pages.shape[-1] > 1 and pages.stride(-1) != 1:
         raise ValueError(
             f"{name} must have last stride 1, not strides {pages.stride()}: it is written in place"

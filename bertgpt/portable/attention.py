@@ -1,19 +1,24 @@
 """Attention on torch's scaled_dot_product_attention: padded at once, packed by length buckets.
 
-What that function cannot give (log-sum-exp, the defined dropout bits, NaN kept in its row on a CPU)
-goes to the definition in `bertgpt.reference`.
+What that function cannot give (the defined dropout bits, NaN kept in its row on a CPU) goes to the
+definition in `bertgpt.reference`. The log-sum-exp is a pass of its own, so that asking for it
+changes nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bertgpt import reference
+
+_LSE_SCORES = 2**20  # scores that the log-sum-exp pass holds at once: 4 MiB in float32
 
 
 def attention(
@@ -35,17 +40,41 @@ def attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What `bertgpt.ops.attention` computes; the arguments are described there."""
-    if return_lse or dropout_p > 0.0 or _sdpa_would_hide_nan(q, k, v):
-        return reference.attention(
+    rule = _Rule(causal, *(window or (-1, -1)), q.shape[-1] ** -0.5 if scale is None else scale)
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    if dropout_p > 0.0 or _sdpa_would_hide_nan(q, k, v):
+        out: Any = reference.attention(
             q, k, v, mask=mask, key_lengths=key_lengths, causal=causal, window=window, scale=scale,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, seed=seed,
-            return_lse=return_lse,
         )  # fmt: skip
-    rule = _Rule(causal, *(window or (-1, -1)), scale)
+    else:
+        out = _attend(q, k, v, rule, mask, key_lengths, cu_seqlens_q, cu_seqlens_k)
+    if not return_lse:
+        return out
+    with torch.no_grad():
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            return out, _lse(q, k, rule, mask=mask, lengths_k=key_lengths)
+        return out, _lse_packed(q, k, rule, cu_seqlens_q, cu_seqlens_k)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: _Rule,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Tensor:
+    """The output by SDPA, in q's dtype."""
     dtype = q.dtype
     if q.device.type == "cpu":  # float32 is as fast there, and rounds once instead of thrice
         q, k, v = (_widened(t) for t in (q, k, v))
-    if cu_seqlens_q is None:
+    if rule.scale <= 0.0:  # SDPA scales after it has set what causality rules out to −inf
+        sign = 0.0 if rule.scale == 0.0 else -1.0
+        q, rule = q * sign, replace(rule, scale=-rule.scale or 1.0)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
         return _padded(q, k, v, rule, mask=mask, lengths_k=key_lengths).to(dtype)
     return _packed(q, k, v, rule, cu_seqlens_q, cu_seqlens_k).to(dtype)
 
@@ -57,7 +86,7 @@ class _Rule:
     causal: bool
     left: int
     right: int
-    scale: float | None
+    scale: float
 
     def allowed(self, corner: Tensor, key: Tensor) -> Tensor:
         """Whether the query whose corner (its place among the keys) is given sees `key`."""
@@ -78,12 +107,7 @@ def _sdpa_would_hide_nan(*tensors: Tensor) -> bool:
 
 
 def _packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rule: _Rule,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, rule: _Rule, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Tensor:
     """Attention within each packed sequence, all sequences of one length in one call.
 
@@ -91,16 +115,8 @@ def _packed(
     (one alone always does) its rows are a view. Padding like lengths together would save calls,
     but needs a mask and a gather for each bucket.
     """
-    starts_q = cu_seqlens_q.tolist()
-    starts_k = starts_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    buckets: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-    for sq, eq, sk, ek in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        if eq > sq:
-            begins_q, begins_k = buckets.setdefault((eq - sq, ek - sk), ([], []))
-            begins_q.append(sq)
-            begins_k.append(sk)
     outs, rows = [], []
-    for (length_q, length_k), (begins_q, begins_k) in buckets.items():
+    for begins_q, length_q, begins_k, length_k in _buckets(cu_seqlens_q, cu_seqlens_k):
         q_BLHD = _take(q, begins_q, length_q)
         k_BSKD, v_BSKD = (_take(t, begins_k, length_k) for t in (k, v))
         outs.append(_padded(q_BLHD, k_BSKD, v_BSKD, rule).flatten(0, 1))
@@ -109,6 +125,21 @@ def _packed(
         return outs[0]
     out = q.new_zeros(q.shape)
     return out.index_copy_(0, torch.cat(rows), torch.cat(outs)) if outs else out
+
+
+def _buckets(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Iterator[tuple[list[int], int, list[int], int]]:
+    """Sequences with as many queries and keys each: first queries, L, first keys, S."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    buckets: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    for sq, eq, sk, ek in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        if eq > sq:
+            begins_q, begins_k = buckets.setdefault((eq - sq, ek - sk), ([], []))
+            begins_q.append(sq)
+            begins_k.append(sk)
+    for (length_q, length_k), (begins_q, begins_k) in buckets.items():
+        yield begins_q, length_q, begins_k, length_k
 
 
 def _take(t: Tensor, begins: list[int], length: int) -> Tensor:
@@ -145,25 +176,27 @@ def _padded(
     if whole and rule.left < 0 and rule.right < 0 and (not rule.causal or L == S):
         out = scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scale)
         return out.transpose(1, 2)
-    allowed = _allowed(rule, L, S, mask, lengths_k, q.device)
+    allowed = _allowed(rule, slice(None), L, S, mask, lengths_k, q.device)
     return _masked(q, k, v, allowed, mask, rule.scale).transpose(1, 2)
 
 
 def _allowed(
     rule: _Rule,
+    rows: slice,
     L: int,
     S: int,
     mask: Tensor | None,
     lengths_k: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """All that rules keys out together, as a boolean broadcastable to [B, H, L, S]."""
+    """All that rules keys out together for these queries, broadcastable to [B, H, rows, S]."""
     key = torch.arange(S, device=device)
-    corner = torch.arange(L, device=device)[:, None] + (S - L)
+    corner = torch.arange(L, device=device)[rows, None] + (S - L)
     allowed = rule.allowed(corner, key)
     if lengths_k is not None:
         allowed = allowed & (key < lengths_k[:, None, None, None])
     if mask is not None:
+        mask = mask[:, :, rows]
         allowed = allowed & (mask if mask.dtype == torch.bool else mask != -torch.inf)
     return allowed
 
@@ -182,6 +215,46 @@ def _masked(
         bias = mask.to(q.dtype).masked_fill(~allowed, -torch.inf)
     out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.where(allowed.any(dim=-1, keepdim=True), 0).to(dtype)
+
+
+def _lse(
+    q: Tensor,
+    k: Tensor,
+    rule: _Rule,
+    *,
+    mask: Tensor | None = None,
+    lengths_k: Tensor | None = None,
+) -> Tensor:
+    """Log-sum-exp of the scores, float32 [B, H, L], from products in float32 or wider.
+
+    A few rows of queries at a time: the scores of all would be [B, H, L, S].
+    """
+    (B, L, H, _), (S, K) = q.shape, k.shape[1:3]
+    lse_BHL = q.new_full((B, H, L), -torch.inf, dtype=torch.float32)
+    if 0 in lse_BHL.shape or S == 0:
+        return lse_BHL
+    q_XGLD = _widened(q).mul(rule.scale).transpose(1, 2).reshape(B * K, H // K, L, -1)
+    k_XDS = _widened(k).permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # X is B · K
+    step = max(1, _LSE_SCORES // (B * H * S))
+    for first in range(0, L, step):
+        rows = slice(first, first + step)
+        scores = (q_XGLD[:, :, rows].flatten(1, 2) @ k_XDS).view(B, H, -1, S)
+        if mask is not None and mask.dtype != torch.bool:
+            scores += mask[:, :, rows]
+        allowed = _allowed(rule, rows, L, S, mask, lengths_k, q.device)
+        lse_BHL[..., rows] = scores.masked_fill_(~allowed, -torch.inf).logsumexp(dim=-1)
+    return lse_BHL
+
+
+def _lse_packed(
+    q: Tensor, k: Tensor, rule: _Rule, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
+    """The same within each packed sequence, float32 [H, T]."""
+    lse_HT = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+    for begins_q, length_q, begins_k, length_k in _buckets(cu_seqlens_q, cu_seqlens_k):
+        bucket = _lse(_take(q, begins_q, length_q), _take(k, begins_k, length_k), rule)
+        lse_HT[:, _rows(begins_q, length_q, q.device)] = bucket.transpose(0, 1).flatten(1)
+    return lse_HT
 
 
 def _widened(t: Tensor) -> Tensor:
