@@ -24,7 +24,8 @@ from typing import Any
 import aot_table
 import machine_code
 import triton
-from aot_cases import CASES, DOMAINS, Case
+from aot_case import Case
+from aot_cases import CASES, DOMAINS
 from aot_driver import CAPABILITIES, SHARED_LIMIT, Launch, launches_of
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 

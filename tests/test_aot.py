@@ -17,7 +17,8 @@ import aot_table
 import machine_code
 import triton
 import triton.language as tl
-from aot_cases import CASES, NO_MMA, WIDE_MMA, Case
+from aot_case import NO_MMA, WIDE_MMA, Case
+from aot_cases import CASES
 from aot_driver import CAPABILITIES, launches_of
 
 
