@@ -25,6 +25,7 @@ FILES = (
     "bench_embeddings",
     "bench_paged_attention",
     "bench_paged_write",
+    "bench_sample",
     "bench_models",
     "bench_decoding",
     "bench_training",

@@ -25,7 +25,7 @@ from bertgpt.kernels.dropout import dropout_arguments, keep_rows
 from bertgpt.kernels.layout import as_rows
 
 MAX_WIDTH = 16384  # 16 warps of 32 float32 a lane; twice that spills
-MAX_GRADIENT_WIDTH = 4096  # a row, its gradient and two sums in the registers of 8 warps
+MAX_GRADIENT_WIDTH = 4096  # a row, its gradient and two sums in the registers of 16 warps
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
     ("portable/add_layer_norm", "bias, eps)", "bias, 1e-12)", "eps"),
     ("portable/paged_attention", "key > last_B1", "key > last_B1 + 1", "length off by one"),
     ("portable/paged_attention", "< last_B1 - left", "< last_B1 - left - 1", "left off by one"),
-    ("portable/paged_write", "slot % page_size", "(slot + 1) % page_size", "offset"),
+    ("portable/paged_write", "slots % page_size", "(slots + 1) % page_size", "offset"),
     ("portable/sample", "(x_sorted_BV < x_sorted", "(x_sorted_BV <= x_sorted", "the k-th dropped"),
     ("portable/sample", "mass_BV - weight_BV >=", "mass_BV >=", "top-p drops the last it needs"),
     ("portable/sample", "where(greedy_B, drawn_B)", "where(~greedy_B, drawn_B)", "greedy"),
