@@ -50,13 +50,14 @@ class Config:
     descriptors: bool  # keys and values by tensor descriptor (TMA), else by pointer
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor, by the largest BLOCK_D.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
+# BLOCK_D.
 # On sm_90 three 64 × 128 blocks of at most 168 registers a thread hide each other's exponentials.
 # fmt: off
 _HOPPER = {64: ((64, 128, 4, 2), (64, 64, 4, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2)),
-           256: ((128, 64, 8, 2), (64, 64, 8, 2))}
+           256: ((128, 64, 8, 2), (64, 32, 8, 2))}
 _BLACKWELL = {64: ((128, 128, 8, 2), (128, 64, 8, 2)), 128: ((128, 128, 8, 2), (64, 64, 8, 2)),
-              256: ((64, 64, 8, 2), (64, 32, 4, 2))}
+              256: ((64, 64, 8, 2), (128, 32, 8, 2))}
 _POINTERS = {64: ((64, 64, 4, 3), (64, 32, 4, 2)), 128: ((128, 32, 8, 2), (64, 32, 8, 2)),
              256: ((64, 32, 8, 2), (32, 32, 8, 2))}
 _UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 64: ((16, 32, 4, 1),) * 2, 128: ((16, 32, 8, 1),) * 2,
@@ -67,11 +68,12 @@ _FLOAT32 = {64: ((32, 32, 4, 2),) * 2, 128: ((32, 16, 8, 2), (16, 32, 8, 2)),
 
 
 def pick_config(
-    capability: int, head_dim: int, dtype_bytes: int, masked: bool, aligned: bool
+    capability: int, head_dim: int, dtype_bytes: int, extra: bool, aligned: bool
 ) -> Config:
     """Tile shape for a compute capability (90 = sm_90) and a call.
 
-    `aligned` says that a descriptor can describe keys and values, `masked` that a mask is given.
+    `aligned` says that a descriptor can describe keys and values, `extra` that a mask is given or
+    weights are dropped.
     Lengths and batch play no part: a sequence's bits don't depend on the batch it is in.
     """
     descriptors = False
@@ -83,7 +85,7 @@ def pick_config(
         table, descriptors = (_HOPPER if capability // 10 == 9 else _BLACKWELL), True
     else:
         table = _POINTERS
-    return Config(*table[min(d for d in table if head_dim <= d)][masked], descriptors)
+    return Config(*table[min(d for d in table if head_dim <= d)][extra], descriptors)
 
 
 def unsupported(*, mask: torch.Tensor | None, needs_grad: bool = False, **call: Any) -> str | None:
