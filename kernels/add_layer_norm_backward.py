@@ -30,7 +30,7 @@ def pick_config(capability: int, width: int) -> Config:
     if width <= 2048:
         chunk = min(256, max(32, triton.next_power_of_2(width)))
         return Config(4 if width <= 128 else 1, chunk, triton.cdiv(width, chunk), num_warps=4)
-    return Config(1, 2048, triton.cdiv(width, 2048), num_warps=16)
+    return Config(1, 1024, triton.cdiv(width, 1024), num_warps=16)
 
 
 @triton.jit(do_not_specialize=["threshold"])
