@@ -94,7 +94,9 @@ def differ(one, other):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "text", "replacement", "call"), CASES, ids=lambda v: str(v)[:40]
+    ("kernel", "text", "replacement", "call"),
+    CASES,
+    ids=lambda v: getattr(v, "__name__", str(v)[:40]),
 )
 def test_a_guard_left_out_shows(kernel, text, replacement, call, tmp_path, monkeypatch):
     original = paged_write if kernel == "paged_write" else paged_attention

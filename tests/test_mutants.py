@@ -137,8 +137,9 @@ KERNELS: tuple[tuple[str, str, str, str], ...] = (
     ("attention", "acc / l_i[:, None]", "acc", "no division"),
     ("attention", "m_i * unit + tl.log(l_i)", "m_i + tl.log(l_i)", "lse in powers of two"),
     ("attention", "h_kv = h // heads_per_kv", "h_kv = h % heads_per_kv", "KV head"),
-    ("linear_gelu", "(z + 0.044715 *", "(z + 0.0447 *", "tanh constant"),
-    ("linear_gelu", "0.7071067811865476", "0.7072", "erf argument"),
+    ("gelu", "return z / (1.0 + tl.exp2((z + 0.044715", "return z / (1.0 + tl.exp2((z + 0.0447",
+     "tanh constant"),
+    ("gelu", "0.7071067811865476", "0.7072", "erf argument"),
     ("linear_cross_entropy", "l_i * tl.exp2((m_i - shift) * LOG2E) + tl.sum(p, 1)",
      "l_i + tl.sum(p, 1)", "no rescaling within a run"),
     ("linear_cross_entropy", "tl.where(cols[None, :] < V, z, float(\"-inf\"))", "z",
@@ -187,7 +188,7 @@ def _mutate(source: Path, text: str, replacement: str, folder: Path) -> ModuleTy
     return module
 
 
-HELPERS = {"merge_splits": "paged_attention"}  # a kernel that another's launcher calls
+HELPERS = {"gelu": "linear_gelu", "merge_splits": "paged_attention"}  # called from another's file
 
 
 def _op_of(kernel: str) -> str:
