@@ -8,7 +8,7 @@ differentiated. Saved are the inputs, and those outputs that a gradient asks for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,9 @@ def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> 
         ]
         needed = dict(zip(op.fields, ctx.needs_input_grad, strict=True))
         wanted = [needed[n] for n in op.differentiable]
-        gradients = iter(overload(list(grads[:outputs]), list(kept), wanted, *values))
+        with torch.no_grad():
+            made = overload(list(grads[:outputs]), list(kept), wanted, *values)
+        gradients = iter(_once(op.name, made, (*grads, *tensors)))
         by_name = {
             n: next(gradients) for n, want in zip(op.differentiable, wanted, strict=True) if want
         }
@@ -77,6 +79,32 @@ def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> 
     torch.library.register_autograd(
         f"bertgpt::{op.name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are; to differentiate them in turn is an error, where zeros would pass."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, source: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.name} has no second derivative: its gradient kernels have no gradient of their "
+            "own; for one, write the function in torch's own operations"
+        )
+
+
+def _once(
+    name: str, gradients: Sequence[Tensor], sources: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """The gradients, marked where autograd records what becomes of them (`create_graph=True`)."""
+    if not torch.is_grad_enabled():
+        return gradients
+    source = next((t for t in sources if t is not None and t.requires_grad), None)
+    return gradients if source is None else _Once.apply(name, source, *gradients)
 
 
 def _differentiated(

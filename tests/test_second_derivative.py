@@ -1,0 +1,35 @@
+"""A gradient of a gradient is an error by name, never silent zeros; a first one is let through."""
+
+import pytest
+import torch
+from cases import randn
+
+from bertgpt import ops
+
+CALLS = {
+    "linear_gelu": lambda x: ops.linear_gelu(x, randn(8, 16, seed=1), None),
+    "gelu_ffn": lambda x: ops.gelu_ffn(x, randn(8, 16, seed=1), None, randn(16, 8, seed=2), None),
+    "add_layer_norm": lambda x: ops.add_layer_norm(x, None, randn(16, seed=1), None),
+    "attention": lambda x: ops.attention(*(x.view(1, 3, 2, 8),) * 3),
+    "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
+        x, randn(9, 16, seed=1), None, torch.tensor([1, 2, 3])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_derivative_is_an_error_by_name(name):
+    x = randn(3, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad(CALLS[name](x).pow(2).sum(), x, create_graph=True)
+    (plain,) = torch.autograd.grad(CALLS[name](x).pow(2).sum(), x)
+    assert gradient.equal(plain)
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+        gradient.sum().backward()
+
+
+def test_a_gradient_of_a_plain_sum_is_caught_too():
+    """Nothing that comes in to the backward pass asks for gradients there: the inputs do."""
+    x, w = randn(3, 16).requires_grad_(), randn(8, 16, seed=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.linear_gelu(x, w, None).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
