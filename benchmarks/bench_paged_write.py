@@ -105,8 +105,8 @@ def _cases() -> Iterator[Case]:
         yield _case(tokens, heads, 16, False, value=7 if (heads, tokens) == (12, 8192) else 2)
     for page in (64, 128):
         yield _case(8192, 12, page, False, value=2)
-    yield _case(128, 12, 16, True, device="cpu")
-    yield _case(512, 12, 16, False, device="cpu")
+    yield _case(512, 4, 16, True, device="cpu")
+    yield _case(2048, 12, 16, False, device="cpu")
 
 
 def _arguments(inputs: Inputs) -> tuple[Tensor, ...]:
