@@ -208,6 +208,19 @@ def _pickle_entries(file: Path) -> list[Entry]:
     ]
 
 
+def check_depth(stored: Mapping[str, Entry], layers: int) -> None:
+    """Refuses a configuration with more layers than are stored, before any is made.
+
+    Raises:
+        ValueError: `layers` exceeds them.
+    """
+    found = [re.search(r"(?:^|\.)(?:layer|h)\.(\d{1,9})\.", name) for name in stored]
+    depth = max((int(match[1]) + 1 for match in found if match), default=0)
+    if layers > depth:
+        place = next(iter(stored.values())).file if stored else "the checkpoint"
+        raise ValueError(f"{place} holds {depth} layers, but {CONFIG} asks for {layers}")
+
+
 def read_tensors(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """The tensors behind `entries`, under the keys of `entries`."""
     tensors = {key: entry.tensor for key, entry in entries.items() if entry.tensor is not None}

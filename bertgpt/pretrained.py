@@ -323,6 +323,8 @@ class PreTrainedModel(nn.Module):
         if config.tie_word_embeddings and checkpoint.tie_broken(stored, cls.tied_weights):
             config.tie_word_embeddings = False  # as transformers: what is stored apart stays apart
         tied = cls.tied_weights if config.tie_word_embeddings else {}
+        if isinstance(config.num_hidden_layers, int):  # if not, the model says so
+            checkpoint.check_depth(stored, config.num_hidden_layers)
         with torch.device("meta"):
             model = cls(config)
         found, missing, surplus = checkpoint.match_names(

@@ -192,7 +192,8 @@ def row_losses_backward(
     order, count = labelled_first(labels, ignore_index)
     labels, lse, grad = (values.flatten()[order] for values in (labels, lse, grad))
     grad = torch.where(labels == ignore_index, 0.0, grad)
-    scale = grad.abs().max() if len(x) else grad.new_ones(())
+    size = grad.abs()
+    scale = torch.where(size.isfinite(), size, 0.0).max() if len(x) else grad.new_ones(())
     grad = grad / torch.where(scale == 0, 1.0, scale)
 
     slab = slab_of(len(x), len(w), w.shape[1], x.dtype.itemsize, w.dtype.itemsize == 2)

@@ -130,6 +130,15 @@ def test_bitwise_again_and_a_row_alone():
         assert_bitwise(made[0][0], first[0][row])
 
 
+def test_gradients_share_no_memory():
+    """A compiler may write over one of an operator's results while it needs another."""
+    x, residual = (randn(3, 16, seed=i).requires_grad_() for i in (0, 1))
+    y = ops.add_layer_norm(x, residual, torch.ones(16), None, backend="triton")
+    dx, dresidual = torch.autograd.grad(y, (x, residual), randn(3, 16, seed=2))
+    assert_bitwise(dx, dresidual)
+    assert dx.data_ptr() != dresidual.data_ptr()
+
+
 def test_nothing_outside_the_inputs_is_used():
     call = inputs((7, 130), torch.float16)
     fenced = [banded_copy(x) for x in call]

@@ -273,6 +273,11 @@ def incomplete(folder):
     change(folder, lambda state: state.pop("encoder.layer.1.attention.self.key.bias"))
 
 
+def endless(folder):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 10**9}))
+
+
 def only_a_pickle(folder):
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     no_weights(folder)
@@ -310,6 +315,7 @@ def index_without_map(folder):
         (misshapen, ValueError, r"pooler.dense.weight has shape \[24, 23\].*\[24, 24\]"),
         (quantised, ValueError, "pooler.dense.weight is not float"),
         (incomplete, ValueError, "lacks encoder.layer.1.attention.self.key.bias"),
+        (endless, ValueError, "holds 2 layers, but config.json asks for 1000000000"),
         (only_a_pickle, ValueError, "allow_pickle=True"),
         (shard_missing, FileNotFoundError, "no model-00001-of-00002.safetensors"),
         (shard_outside, ValueError, "not a file of its own folder"),

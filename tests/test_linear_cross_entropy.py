@@ -273,3 +273,26 @@ def test_explain_takes_it():
     told = ops.explain(ops.linear_cross_entropy, *inputs(4, 7, 5), reduction="sum")
     assert told.backend == "torch"
     assert set(told.refusals) == {"cuda", "triton"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_ignored_index_beyond_32_bits_ignores_nothing(backend):
+    hidden, weight = torch.randn(2, 4), torch.randn(3, 4)
+    labels = torch.tensor([0, 1], dtype=torch.int32)
+    call = {"reduction": "none", "backend": backend}
+    plain = ops.linear_cross_entropy(hidden, weight, None, labels, **call)
+    for far in (2**32, -(2**40)):
+        losses = ops.linear_cross_entropy(hidden, weight, None, labels, ignore_index=far, **call)
+        assert losses.equal(plain)
+    for wrong, error in ((2**64, ValueError), (True, TypeError)):
+        with pytest.raises(error, match="ignore_index"):
+            ops.linear_cross_entropy(hidden, weight, None, labels, ignore_index=wrong)
+
+
+def test_a_gradient_that_is_not_finite_stays_in_its_row():
+    hidden = torch.randn(3, 4).requires_grad_()
+    losses = ops.linear_cross_entropy(
+        hidden, torch.randn(5, 4), None, torch.tensor([0, 2, 1]), reduction="none"
+    )
+    losses.backward(torch.tensor([1.0, float("nan"), 1.0]))
+    assert hidden.grad.isfinite().all(dim=1).tolist() == [True, False, True]

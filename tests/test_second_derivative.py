@@ -1,4 +1,4 @@
-"""A gradient of a gradient is an error by name, never silent zeros; a first one is let through."""
+"""Derivatives that no rule here has are errors by name, never zeros: second and forward-mode."""
 
 import pytest
 import torch
@@ -33,3 +33,15 @@ def test_a_gradient_of_a_plain_sum_is_caught_too():
     (gradient,) = torch.autograd.grad(ops.linear_gelu(x, w, None).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_forward_mode_derivative_is_an_error_by_name(name):
+    x, tangent = randn(3, 16), randn(3, 16, seed=1)
+    words = f"{name} has no forward-mode derivative"
+    with pytest.raises(RuntimeError, match=words):
+        torch.func.jvp(CALLS[name], (x,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=words):
+            CALLS[name](torch.autograd.forward_ad.make_dual(x, tangent))
+        CALLS[name](x)  # what has no tangent is none of its business

@@ -41,7 +41,7 @@ def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> 
         by_name = op.gradients(call, grads, kept, names)
         if by_name is None:
             by_name = _differentiated(op, call, names, grads)
-        return [by_name[n].contiguous() for n in names]
+        return _apart([by_name[n].contiguous() for n in names])
 
     def backward_fake(
         grads: list[Tensor], kept: list[Tensor], wanted: list[bool], *values: Any
@@ -79,6 +79,16 @@ def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> 
     torch.library.register_autograd(
         f"bertgpt::{op.name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """Each gradient in memory of its own: a compiler may write over one while it needs another."""
+    seen: set[int] = set()
+    fresh = []
+    for gradient in gradients:
+        fresh.append(gradient.clone() if id(gradient) in seen else gradient)
+        seen.add(id(gradient))
+    return fresh
 
 
 class _Once(torch.autograd.Function):

@@ -23,7 +23,7 @@ import torch
 
 from bertgpt.cuda import extension
 from bertgpt.ops._checks import autocasting
-from bertgpt.ops._watched import watched
+from bertgpt.ops._watched import refuse_tangents, watched
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
 LIBRARY = torch.library.Library("bertgpt", "FRAGMENT")
@@ -154,7 +154,7 @@ def _triton_cannot(call: Call, has_gradient: bool) -> str | None:
     """What no Triton kernel of this library does, whichever the op."""
     first = first_tensor(call)
     if call.get("needs_grad") and not has_gradient:
-        return "it has no gradient yet and an input requires one (wrap the call in torch.no_grad())"
+        return "it has no gradient and an input requires one (wrap the call in torch.no_grad())"
     if first.dtype == torch.float64:
         return "float64 is for the torch and reference backends"
     if first.device.type == "cpu":
@@ -210,7 +210,9 @@ class Op:
 
     def __call__(self, call: Call) -> Any:
         """Runs what `check` returned: as the registered operator where something watches."""
-        if call.get("needs_grad") or watched([call[name] for name in self.tensors]):
+        tensors = {name: call[name] for name in self.tensors}
+        refuse_tangents(self.name, tensors)
+        if call.get("needs_grad") or watched(tensors.values()):
             return self.overload(*(call[field] for field in self.fields))
         return self._execute(call)
 

@@ -6,11 +6,11 @@ long as a small kernel's launch, to find nothing to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
 
@@ -19,7 +19,8 @@ def watched(tensors: Iterable[Tensor | None]) -> bool:
 
     That is: `torch.compile` or export, `torch.jit.trace`, a profiler, a `TorchDispatchMode` (fake
     tensors, FLOP counters, `make_fx`), a `TorchFunctionMode`, a functorch transform (`vmap`,
-    `grad`), or a tensor that is of a subclass, lazily negated, or on no CPU and no CUDA device.
+    `grad`), or a tensor that is of a subclass, lazily negated or zero, or on no CPU and no CUDA
+    device.
     Gradients are the caller's to tell. Autocast is no watcher: the checks apply it themselves.
 
     Args:
@@ -37,6 +38,20 @@ def watched(tensors: Iterable[Tensor | None]) -> bool:
     for tensor in tensors:
         if tensor is not None:
             plain = type(tensor) is Tensor or type(tensor) is Parameter
-            if not plain or tensor.is_neg() or not (tensor.is_cpu or tensor.is_cuda):
+            if not plain or tensor.is_neg() or tensor._is_zerotensor():
+                return True
+            if not (tensor.is_cpu or tensor.is_cuda):
                 return True
     return False
+
+
+def refuse_tangents(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raises RuntimeError where forward-mode derivatives, which no rule here has, would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{op} has no forward-mode derivative (jvp, dual tensors), which {name} asks for: "
+                "take reverse mode, backward() or torch.autograd.grad()"
+            )

@@ -62,7 +62,7 @@ def linear_cross_entropy(
         ignore_index=ignore_index, reduction=reduction, backend=backend,
     )  # fmt: skip
     losses, _ = _OP(call)
-    return reduced(losses, labels != ignore_index, reduction)
+    return reduced(losses, call["labels"] != ignore_index, reduction)
 
 
 def _check(
@@ -79,14 +79,18 @@ def _check(
     if reduction not in REDUCTIONS:
         known = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"reduction must be one of {known}, not {reduction!r}")
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, not {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, not {ignore_index}")
     checks.check_rows("hidden", hidden)
     (hidden,) = checks.autocast(hidden)  # float32 weights may stay beside it
     check_linear("weight", weight, "bias", bias, hidden, "hidden", hidden.shape[-1])
     checks.check_index("labels", labels, hidden.dim() - 1)
     checks.check_shape("labels", labels, hidden.shape[:-1], "one per row of hidden")
     checks.check_device("labels", labels, "hidden", hidden)
+    if not -(2**31) <= ignore_index < 2**31:
+        labels = labels.long()  # a comparison in int32 would wrap it
     return {
         "hidden": hidden, "weight": weight, "bias": bias, "labels": labels,
         "ignore_index": ignore_index, "needs_grad": needs_grad(hidden, weight, bias),

@@ -26,7 +26,8 @@ def row_losses(
     hidden_RE, labels_R = hidden[kept], labels[kept]
     wide, dtype = _dtypes(hidden)
     lse_R = hidden.new_full(labels_R.shape, -torch.inf, dtype=wide)
-    scores_R = hidden.new_empty(labels_R.shape, dtype=wide)  # each row's score of its label
+    # Each row's score of its label; of a label outside the vocabulary NaN.
+    scores_R = hidden.new_full(labels_R.shape, torch.nan, dtype=wide)
     for first, w_CE, b_C in _slabs(weight, bias, dtype):
         for rows in _spans(labels_R.shape[0]):
             logits_RC = F.linear(hidden_RE[rows].to(dtype), w_CE, b_C).to(wide)
@@ -69,9 +70,9 @@ def row_losses_backward(
     grad_R1, scale = normalised(grad[kept])
     grad_R1 = grad_R1[:, None]
     outputs = {"hidden": torch.zeros_like(hidden_RE, dtype=wide)}
-    outputs["weight"] = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if bias is not None:
-        outputs["bias"] = torch.empty_like(bias)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if name in wanted and parameter is not None:
+            outputs[name] = torch.empty_like(parameter, memory_format=torch.contiguous_format)
     for first, w_CE, b_C in _slabs(weight, bias, dtype):
         slab = slice(first, first + w_CE.shape[0])
         grad_w_CE = torch.zeros_like(w_CE, dtype=wide)
@@ -89,9 +90,9 @@ def row_losses_backward(
                 outputs["hidden"][rows] += delta_RC @ w_CE
             if "weight" in wanted:
                 grad_w_CE += delta_RC.t() @ x_RE
-        outputs["weight"][slab] = grad_w_CE.mul_(scale)
-        if bias is not None:
-            outputs["bias"][slab] = grad_b_C.mul_(scale)
+        for name, part in (("weight", grad_w_CE), ("bias", grad_b_C)):
+            if name in outputs:
+                outputs[name][slab] = part.mul_(scale)
     rows_RE = outputs["hidden"].mul_(scale).to(hidden.dtype)
     outputs["hidden"] = hidden.new_zeros(hidden.shape)
     outputs["hidden"][kept] = rows_RE
@@ -99,11 +100,12 @@ def row_losses_backward(
 
 
 def normalised(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient divided by its largest magnitude, and that magnitude.
+    """The gradient divided by its largest finite magnitude, and that magnitude.
 
     A mean over thousands of rows would push probabilities below the smallest half-precision number.
     """
-    scale = grad.abs().max() if grad.numel() else grad.new_ones(())
+    size = grad.abs()
+    scale = torch.where(size.isfinite(), size, 0.0).max() if len(size) else grad.new_ones(())
     return grad / torch.where(scale == 0, 1.0, scale), scale
 
 
