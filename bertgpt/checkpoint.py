@@ -121,7 +121,7 @@ def read_json(file: Path, what: str, kind: type[dict[str, Any]] | type[list[Any]
         raise FileNotFoundError(f"{file.parent} has no {file.name}: {what}")
     try:
         value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}): fetch or write it again") from error
     if not isinstance(value, kind):
         wanted = "object" if kind is dict else "list"

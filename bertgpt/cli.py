@@ -78,6 +78,8 @@ def embed(
     """Turn each line of a file into a vector, printed one a line or written as .npy."""
     if output is not None and output.suffix != ".npy":
         raise typer.BadParameter(f"{output} must end in .npy", param_hint="--output")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise typer.BadParameter(f"{output} cannot be a file here", param_hint="--output")
     import numpy as np
     from rich.progress import Progress
 
@@ -98,7 +100,13 @@ def embed(
     if output is None:
         np.savetxt(sys.stdout, vectors, fmt="%.7g")
     else:
-        np.save(output, vectors)
+        partial = output.with_name(f".{output.name}.partial")
+        try:
+            with partial.open("wb") as whole:
+                np.save(whole, vectors)
+            partial.replace(output)  # a file that was there stays until this one is whole
+        finally:
+            partial.unlink(missing_ok=True)
         typer.echo(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers", err=True)
 
 
@@ -131,7 +139,8 @@ def generate(
 def _read_lines(file: Path) -> list[str]:
     """The file's lines; an empty line is a text too, so that vectors and lines keep step."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")  # every line end read as \n
+        lines = text.removesuffix("\n").split("\n") if text else []
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}): convert it first") from error
     if not lines:
@@ -154,7 +163,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         message = f"torch cannot use {name!r} here ({reason})"
@@ -166,7 +175,7 @@ def main() -> None:
     """Runs the command line; mistakes of the caller end in one line and exit code 1."""
     try:
         app()
-    except (ValueError, IndexError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, IndexError, OSError, ModuleNotFoundError) as error:
         console = Console(stderr=True, soft_wrap=True)
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(1)

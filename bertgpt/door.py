@@ -161,7 +161,7 @@ def _unpad(
 
 
 def _check(batch: PackedBatch, limits: Limits) -> None:
-    if batch.values.is_floating_point():
+    if batch.values.is_floating_point() and batch.values.ndim > 1:
         if batch.values.shape[1:] != (limits.width,):
             raise ValueError(
                 f"embeddings must have {limits.width} features, not {list(batch.values.shape[1:])}"

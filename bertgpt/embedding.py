@@ -87,7 +87,7 @@ class SentenceEncoder:
         vectors = torch.empty(len(token_ids), self.model.config.hidden_size)
         for indices in _batches(order, [len(ids) for ids in token_ids]):
             batch = pack([token_ids[i] for i in indices], device=self.model.device)
-            hidden_TE = self.model(batch).last_hidden_state
+            hidden_TE = self.model(batch, return_dict=True).last_hidden_state
             vectors[indices] = self.pool(hidden_TE, batch).float().cpu()
             done(len(indices))
         return vectors

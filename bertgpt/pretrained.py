@@ -50,13 +50,19 @@ class PretrainedConfig:
         self._unknown: list[str] = []
         labels = values.pop("num_labels", None)
         for name, value in values.items():
+            if name.startswith("__"):
+                raise ValueError(f"{name!r} is no field of a configuration")
             if name not in ("model_type", *self.attribute_map):
                 self._unknown.append(name)
             setattr(self, name, value)
         if self.id2label is not None:
             if not isinstance(self.id2label, Mapping):
                 raise ValueError(f"id2label must map class numbers to names, not {self.id2label!r}")
-            self.id2label = {int(i): name for i, name in self.id2label.items()}
+            try:
+                self.id2label = {int(i): name for i, name in self.id2label.items()}
+            except ValueError:
+                wanted = "must map class numbers to names"
+                raise ValueError(f"id2label {wanted}, not {self.id2label!r}") from None
         if labels is not None and labels != self.num_labels:
             self.num_labels = labels
 
@@ -76,6 +82,8 @@ class PretrainedConfig:
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"num_labels must be a number of classes, not {count!r}")
         self.id2label = {i: f"LABEL_{i}" for i in range(count)}
         self.label2id = {name: i for i, name in self.id2label.items()}
 
@@ -179,6 +187,10 @@ def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> 
             asks for something else that is not done here.
     """
     _check_numbers(config)
+    for field in ("tie_word_embeddings", "output_hidden_states", "return_dict"):
+        value = getattr(config, field)
+        require(isinstance(value, bool), field, value, "it must be true or false")
+    _check_tokens(config)
     for field, instead in _NOT_DONE.items():
         value = getattr(config, field, None)
         require(not value, field, value, instead)
@@ -208,6 +220,19 @@ def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> 
         True,
         "fused attention never forms the weights; use transformers to look at them",
     )
+
+
+def _check_tokens(config: Any) -> None:
+    """Padding and stop tokens are ids; BERT's padding token has an embedding of its own."""
+    padding, words = config.pad_token_id, config.vocab_size
+    known = padding is None or (isinstance(padding, int) and not isinstance(padding, bool))
+    require(known, "pad_token_id", padding, "it must be a token id")
+    if config.model_type == "bert" and padding is not None:
+        require(-words <= padding < words, "pad_token_id", padding, f"the vocabulary has {words}")
+    stops = getattr(config, "eos_token_id", None)
+    listed = stops if isinstance(stops, list) else [0 if stops is None else stops]
+    ids = all(isinstance(stop, int) and not isinstance(stop, bool) for stop in listed)
+    require(ids, "eos_token_id", stops, "it must be a token id or a list of them")
 
 
 class PreTrainedModel(nn.Module):
@@ -317,6 +342,9 @@ class PreTrainedModel(nn.Module):
         odd = sorted(set(overrides) - known - set(cls.config_class.attribute_map))
         if odd:
             raise TypeError(f"{odd[0]!r} is no field of {cls.config_class.__name__}")
+        if config is not None and (overrides or not isinstance(config, cls.config_class)):
+            given = ", ".join(overrides) or type(config).__name__
+            raise TypeError(f"config must be a {cls.config_class.__name__} and alone, not {given}")
         if config is None:
             config = cls.config_class.from_pretrained(folder, **overrides)
         stored = checkpoint.read_headers(folder, allow_pickle=allow_pickle)

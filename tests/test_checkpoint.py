@@ -357,6 +357,13 @@ def test_an_unknown_override_is_named(folder):
         bert.BertModel.from_pretrained(folder, hidden_sizes=3)
 
 
+def test_a_config_and_overrides_exclude_each_other(folder):
+    config = bert.BertConfig.from_pretrained(folder)
+    for wrong in ({"config": config, "num_labels": 5}, {"config": {"a": 1}}):
+        with pytest.raises(TypeError, match="config must be a BertConfig and alone"):
+            bert.BertModel.from_pretrained(folder, **wrong)
+
+
 def test_saving_replaces_whole_files(folder):
     before = {file.name for file in folder.iterdir()}
     bert.BertModel.from_pretrained(folder).save_pretrained(folder)

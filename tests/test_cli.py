@@ -112,6 +112,37 @@ def test_embed_pools_as_the_folder_says(run, bert, lines, tmp_path, pooling, nor
     np.testing.assert_allclose(found, _expected(bert, pooling, normalise), atol=1e-5)
 
 
+def test_a_line_ends_where_an_editor_ends_it(run, bert, tmp_path):
+    text = tmp_path / "odd.txt"
+    text.write_bytes("a\x0bbank\nrates\u2028goal\r\na\x0cgoal".encode())
+    output = tmp_path / "odd.npy"
+    assert run("embed", bert, text, "--output", output, "--device", "cpu")[0] == 0
+    assert len(np.load(output)) == 3
+
+
+def test_embed_keeps_the_old_file_until_the_new_one_is_whole(
+    run, bert, lines, tmp_path, monkeypatch
+):
+    output = tmp_path / "vectors.npy"
+    output.write_bytes(b"old")
+
+    def full(file, vectors):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    code, _, err = run("embed", bert, lines, "--output", output, "--device", "cpu")
+    assert code == 1
+    assert "no space left" in err
+    assert output.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.glob(".*partial")] == []
+
+
+def test_embed_of_a_model_that_returns_tuples(run, bert, lines):
+    _configure(bert, return_dict=False)
+    assert run("embed", bert, lines, "--device", "cpu")[0] == 0
+
+
 def test_embed_cuts_long_lines_and_says_so(run, bert, tmp_path):
     (bert / "sentence_bert_config.json").write_text('{"max_seq_length": 5}')
     long, short = tmp_path / "long.txt", tmp_path / "short.txt"
@@ -121,6 +152,11 @@ def test_embed_cuts_long_lines_and_says_so(run, bert, tmp_path):
     assert code == 0
     assert "1 of 1 lines reach 5 tokens" in err
     assert out == run("embed", bert, short, "--device", "cpu")[1]
+
+
+def _configure(folder: Path, **changed: object) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changed}))
 
 
 def _break(folder: Path, lines: Path, how: str) -> None:
@@ -157,6 +193,18 @@ def _break(folder: Path, lines: Path, how: str) -> None:
         (folder / "tokenizer_config.json").write_text("[]")
     elif how == "listed pooling":
         _describe(folder, {"pooling_mode": ["mean"]}, False)
+    elif how == "padding token":
+        _configure(folder, pad_token_id=99999)
+    elif how == "odd padding token":
+        _configure(folder, pad_token_id="x")
+    elif how == "odd tie":
+        _configure(folder, tie_word_embeddings="no")
+    elif how == "odd key":
+        _configure(folder, __class__="x")
+    elif how == "odd labels":
+        _configure(folder, num_labels=2.5)
+    elif how == "deep config":
+        (folder / "config.json").write_text("[" * 100_000)
     elif how == "binary text":
         lines.write_bytes(b"\xff\xfe\x00")
     elif how == "empty text":
@@ -181,6 +229,12 @@ def _break(folder: Path, lines: Path, how: str) -> None:
         "odd tokenizer settings": ("tokenizer_config.json", "do_lower_case", "'yes'"),
         "listed tokenizer settings": ("tokenizer_config.json must hold a JSON object",),
         "listed pooling": ("1_Pooling/config.json asks to pool by",),
+        "padding token": ("pad_token_id=99999", "the vocabulary has"),
+        "odd padding token": ("pad_token_id='x'", "token id"),
+        "odd tie": ("tie_word_embeddings='no'", "true or false"),
+        "odd key": ("config.json", "'__class__' is no field"),
+        "odd labels": ("config.json", "num_labels", "2.5"),
+        "deep config": ("config.json is not valid JSON",),
         "binary text": ("lines.txt is not UTF-8", "convert"),
         "empty text": ("lines.txt holds no text",),
     }.items(),
@@ -200,7 +254,9 @@ def test_embed_names_what_is_wrong(run, bert, lines, how, words):
         ("embed", "{bert}", "absent.txt"),
         ("embed", "absent", "{lines}"),
         ("embed", "{bert}", "{lines}", "--output", "vectors.txt"),
+        ("embed", "{bert}", "{lines}", "--output", "no/such/folder/vectors.npy"),
         ("embed", "{bert}", "{lines}", "--device", "abacus"),
+        ("embed", "{bert}", "{lines}", "--device", "meta"),
         ("generate", "{gpt}"),
         ("generate", "{gpt}", "--prompt", "a", "--prompt-ids", "1"),
         ("generate", "{gpt}", "--prompt-ids", "1,two"),

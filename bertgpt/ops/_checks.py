@@ -133,7 +133,7 @@ def check_window(window: Any) -> tuple[int, int]:
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(f"window must be (left, right), not {window!r}")
     left, right = window
-    if not (isinstance(left, int) and isinstance(right, int)):
+    if any(not isinstance(bound, int) or isinstance(bound, bool) for bound in (left, right)):
         raise TypeError(f"window bounds must be integers, not {window!r}")
     if not (-1 <= left < 2**63 and -1 <= right < 2**63):
         raise ValueError(
@@ -142,8 +142,18 @@ def check_window(window: Any) -> tuple[int, int]:
     return (min(left, _WIDEST), min(right, _WIDEST))
 
 
+def check_number(name: str, value: Any) -> float:
+    """`value` is a number, and not NaN."""
+    if not isinstance(value, int | float | torch.SymFloat) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if value != value:
+        raise ValueError(f"{name} must be a number, not NaN")
+    return float(value)
+
+
 def check_dropout(dropout_p: float) -> float:
     """`dropout_p` is a probability."""
+    dropout_p = check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], not {dropout_p}")
     return float(dropout_p)

@@ -81,6 +81,7 @@ def _check(
 ) -> dict[str, Any]:
     check_backend(backend)
     dropout_p = checks.check_dropout(dropout_p)
+    eps = checks.check_number("eps", eps)
     if not eps >= 0.0:
         raise ValueError(f"eps must not be negative, it is {eps}")
     checks.check_rows("x", x)

@@ -134,7 +134,7 @@ def _check(
         "q": q, "k": k, "v": v, "mask": mask, "key_lengths": key_lengths,
         "causal": checks.check_flag("causal", causal),
         "window": [window_left, window_right],
-        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "scale": q.shape[-1] ** -0.5 if scale is None else checks.check_number("scale", scale),
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "dropout_p": dropout_p,
         "seed": checks.as_seed(seed, dropout_p),

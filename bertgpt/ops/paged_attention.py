@@ -114,7 +114,7 @@ def _check(
         "max_seqlen_q": max_seqlen_q,
         "causal": checks.check_flag("causal", causal),
         "window": [window_left, window_right],
-        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "scale": q.shape[-1] ** -0.5 if scale is None else checks.check_number("scale", scale),
         "return_lse": checks.check_flag("return_lse", return_lse),
         "backend": backend,
     }
