@@ -29,6 +29,7 @@ from bertgpt.benchmarks.case import (
     needs_cuda,
     needs_package,
     not_on_cpu,
+    some_rows,
 )
 
 _SAMPLED = 96
@@ -62,13 +63,10 @@ def _draw(
     }
 
 
-def _ends(rows: Tensor) -> Tensor:
-    return torch.cat([rows[:_SAMPLED], rows[-_SAMPLED:]])
-
-
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """Losses of some rows, or their hidden gradients under the mean over all rows."""
-    hidden, labels = _ends(inputs["hidden"]).to(dtype), _ends(inputs["labels"])
+    hidden = some_rows(inputs, inputs["hidden"], _SAMPLED).to(dtype)
+    labels = some_rows(inputs, inputs["labels"], _SAMPLED)
     bias = None if inputs["bias"] is None else inputs["bias"].to(dtype)
     parameters = inputs["weight"].to(dtype), bias
     if not inputs["gradients"]:
@@ -81,7 +79,8 @@ def _expected(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def _select(inputs: Inputs, result: Any) -> Tensor:
-    return _ends(result[0] if inputs["gradients"] else result)
+    rows = result[0] if inputs["gradients"] else result
+    return some_rows(inputs, rows, _SAMPLED)
 
 
 def _case(rows: int, tokens: int, gradients: bool, **options: Any) -> Case:
