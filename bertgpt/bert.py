@@ -20,11 +20,11 @@ from bertgpt.bert_encoder import (
     Ids,
 )
 from bertgpt.checkpoint import map_keys
+from bertgpt.configuration import refuse, require
 from bertgpt.door import Run, leave
 from bertgpt.layers import ACTIVATIONS, AddNorm
 from bertgpt.outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from bertgpt.packing import PackedBatch
-from bertgpt.pretrained import refuse, require
 
 __all__ = [
     "BertConfig",

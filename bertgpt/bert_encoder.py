@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertgpt.checkpoint import KeyTable, map_keys
+from bertgpt.configuration import PretrainedConfig, check_shapes, refuse, require
 from bertgpt.door import Limits, Run, enter, leave
 from bertgpt.layers import ACTIVATIONS, AddNorm, Embeddings, FeedForward, SelfAttend, SelfAttention
 from bertgpt.outputs import BaseModelOutput
 from bertgpt.packing import PackedBatch
-from bertgpt.pretrained import PretrainedConfig, PreTrainedModel, check_shapes, refuse, require
+from bertgpt.pretrained import PreTrainedModel
 
 Ids = Tensor | PackedBatch | None
 ENCODER_ALONE = "an encoder attends to its own tokens only; leave it out"

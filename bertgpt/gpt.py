@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bertgpt import generation, objectives
+from bertgpt.configuration import require
 from bertgpt.door import leave
 from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
 from bertgpt.outputs import LogitsOutput
 from bertgpt.packing import PackedBatch, pad
-from bertgpt.pretrained import require
 
 __all__ = [
     "GPT2Config",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertgpt.checkpoint import map_keys
+from bertgpt.configuration import PretrainedConfig, check_shapes, refuse
 from bertgpt.door import Limits, Run, enter, leave
 from bertgpt.layers import (
     ACTIVATIONS,
@@ -25,7 +26,7 @@ from bertgpt.layers import (
 )
 from bertgpt.outputs import BaseModelOutput
 from bertgpt.packing import PackedBatch
-from bertgpt.pretrained import PretrainedConfig, PreTrainedModel, check_shapes, refuse
+from bertgpt.pretrained import PreTrainedModel
 
 Ids = Tensor | PackedBatch | None
 

@@ -1,13 +1,9 @@
-"""What every model shares: a configuration, fresh weights, and loading and saving both."""
+"""What every model shares: fresh weights, and loading and saving them with a configuration."""
 
 from __future__ import annotations
 
-import copy
-import math
-import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,224 +11,10 @@ import torch
 from torch import nn
 
 from bertgpt import checkpoint
-from bertgpt.layers import ACTIVATIONS, AddNorm
-from bertgpt.ops.attention import MAX_HEAD_DIM
+from bertgpt.configuration import PathLike, PretrainedConfig
+from bertgpt.layers import AddNorm
 
-Config = TypeVar("Config", bound="PretrainedConfig")
 Model = TypeVar("Model", bound="PreTrainedModel")
-PathLike = str | os.PathLike[str]
-
-
-@dataclass(init=False, eq=False)
-class PretrainedConfig:
-    """Fields common to both families, under Hugging Face's names and with its defaults.
-
-    Keys that are not fields are kept as attributes and written back, so that a folder that passes
-    through here loses nothing.
-    """
-
-    model_type: ClassVar[str] = ""
-    attribute_map: ClassVar[dict[str, str]] = {}
-
-    architectures: list[str] | None = None
-    output_hidden_states: bool = False
-    output_attentions: bool = False
-    return_dict: bool = True
-    problem_type: str | None = None
-    id2label: dict[int, str] | None = None
-    label2id: dict[str, int] | None = None
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-
-    def __init__(self, **values: Any) -> None:
-        for known in fields(self):
-            setattr(self, known.name, copy.copy(values.pop(known.name, known.default)))
-        self._unknown: list[str] = []
-        labels = values.pop("num_labels", None)
-        for name, value in values.items():
-            if name.startswith("__"):
-                raise ValueError(f"{name!r} is no field of a configuration")
-            if name not in ("model_type", *self.attribute_map):
-                self._unknown.append(name)
-            setattr(self, name, value)
-        if self.id2label is not None:
-            if not isinstance(self.id2label, Mapping):
-                raise ValueError(f"id2label must map class numbers to names, not {self.id2label!r}")
-            try:
-                self.id2label = {int(i): name for i, name in self.id2label.items()}
-            except ValueError:
-                wanted = "must map class numbers to names"
-                raise ValueError(f"id2label {wanted}, not {self.id2label!r}") from None
-        if labels is not None and labels != self.num_labels:
-            self.num_labels = labels
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "model_type":
-            super().__setattr__(self.attribute_map.get(name, name), value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in type(self).attribute_map:
-            return getattr(self, type(self).attribute_map[name])
-        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
-
-    @property
-    def num_labels(self) -> int:
-        """Number of classes, 2 unless labels are named."""
-        return 2 if self.id2label is None else len(self.id2label)
-
-    @num_labels.setter
-    def num_labels(self, count: int) -> None:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"num_labels must be a number of classes, not {count!r}")
-        self.id2label = {i: f"LABEL_{i}" for i in range(count)}
-        self.label2id = {name: i for i, name in self.id2label.items()}
-
-    @classmethod
-    def from_dict(cls: type[Config], values: Mapping[str, Any], **overrides: Any) -> Config:
-        """A configuration from Hugging Face's keys; `overrides` win.
-
-        Raises:
-            ValueError: the keys say that they belong to another kind of model.
-        """
-        kind = values.get("model_type", cls.model_type)
-        if kind != cls.model_type:
-            raise ValueError(f"this config's model_type is {kind!r}, not {cls.model_type!r}")
-        return cls(**{**values, **overrides})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field and every unknown key, ready for config.json."""
-        names = [known.name for known in fields(self)] + self._unknown
-        values = {name: copy.deepcopy(getattr(self, name)) for name in names}
-        if self.id2label is None:
-            del values["id2label"], values["label2id"]
-        return {**values, "model_type": self.model_type}
-
-    @classmethod
-    def from_pretrained(cls: type[Config], path_or_id: PathLike, **overrides: Any) -> Config:
-        """Reads config.json of a folder or a hub model.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is broken or of another kind of model.
-        """
-        file = checkpoint.resolve_folder(path_or_id) / checkpoint.CONFIG
-        values = checkpoint.read_json(file, "it is needed to know the model's shape")
-        try:
-            return cls.from_dict(values, **overrides)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-
-    def save_pretrained(self, path: PathLike) -> None:
-        """Writes config.json into a folder, made if absent."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        checkpoint.write_config(Path(path), self.to_dict())
-
-
-_GIVEN = object()  # stands for an argument too large to print
-
-
-def require(condition: bool, field: str, value: Any, instead: str) -> None:
-    """Refuses a configuration or argument by name.
-
-    Raises:
-        ValueError: `condition` is False.
-    """
-    if not condition:
-        shown = f"{field}={value!r}" if value is not _GIVEN else field
-        raise ValueError(f"{shown} is not something bertgpt does: {instead}")
-
-
-def refuse(instead: str, **arguments: Any) -> None:
-    """Raises ValueError for any argument that is given and not False."""
-    for name, value in arguments.items():
-        given = value is not None and value is not False
-        require(not given, name, _GIVEN, instead)
-
-
-_MAY_BE_ZERO = ("num_hidden_layers", "n_layer", "type_vocab_size")
-_NOT_DONE = {
-    "quantization_config": "load full-precision weights",
-    "pruned_heads": "load a checkpoint with all its heads",
-    "is_encoder_decoder": "these models are one stack",
-    "chunk_size_feed_forward": "leave it 0, the feed-forward layer is fused",
-}
-
-
-def _check_numbers(config: Any) -> None:
-    """Sizes, probabilities, and the other reals, which are all magnitudes, lie in their ranges."""
-    for known in fields(config):
-        value = getattr(config, known.name)
-        kind, _, optional = str(known.type).partition(" | ")
-        if known.name.endswith("_token_id") or (optional == "None" and value is None):
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind == "int":
-            least = 0 if known.name in _MAY_BE_ZERO else 1
-            whole = number and isinstance(value, int) and value >= least
-            require(whole, known.name, value, f"it must be an integer of {least} or more")
-        elif kind == "float" and known.name.endswith(("_prob", "_pdrop", "_dropout")):
-            probable = number and 0.0 <= value <= 1.0
-            require(probable, known.name, value, "it must be a probability, from 0 to 1")
-        elif kind == "float":
-            magnitude = number and 0.0 <= value < math.inf
-            require(magnitude, known.name, value, "it must be a finite number, not negative")
-
-
-def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> None:
-    """Refuses what no model here does.
-
-    Raises:
-        ValueError: a size is no positive integer, a probability or epsilon no such number, the
-            width does not split into heads of at most 256, the activation has no op, or the config
-            asks for something else that is not done here.
-    """
-    _check_numbers(config)
-    for field in ("tie_word_embeddings", "output_hidden_states", "return_dict"):
-        value = getattr(config, field)
-        require(isinstance(value, bool), field, value, "it must be true or false")
-    _check_tokens(config)
-    for field, instead in _NOT_DONE.items():
-        value = getattr(config, field, None)
-        require(not value, field, value, instead)
-    require(
-        heads > 0 and width % heads == 0,
-        "num_attention_heads",
-        heads,
-        f"it must divide hidden_size, {width}",
-    )
-    require(
-        width // heads <= MAX_HEAD_DIM,
-        "num_attention_heads",
-        heads,
-        f"heads of {width // heads} are too wide for the kernels, {MAX_HEAD_DIM} is the most",
-    )
-    activation = getattr(config, activation_field)
-    require(
-        isinstance(activation, str) and activation in ACTIVATIONS,
-        activation_field,
-        activation,
-        f"choose one of {', '.join(ACTIVATIONS)}",
-    )
-    require(not config.add_cross_attention, "add_cross_attention", True, "models attend to self")
-    require(
-        not config.output_attentions,
-        "output_attentions",
-        True,
-        "fused attention never forms the weights; use transformers to look at them",
-    )
-
-
-def _check_tokens(config: Any) -> None:
-    """Padding and stop tokens are ids; BERT's padding token has an embedding of its own."""
-    padding, words = config.pad_token_id, config.vocab_size
-    known = padding is None or (isinstance(padding, int) and not isinstance(padding, bool))
-    require(known, "pad_token_id", padding, "it must be a token id")
-    if config.model_type == "bert" and padding is not None:
-        require(-words <= padding < words, "pad_token_id", padding, f"the vocabulary has {words}")
-    stops = getattr(config, "eos_token_id", None)
-    listed = stops if isinstance(stops, list) else [0 if stops is None else stops]
-    ids = all(isinstance(stop, int) and not isinstance(stop, bool) for stop in listed)
-    require(ids, "eos_token_id", stops, "it must be a token id or a list of them")
 
 
 class PreTrainedModel(nn.Module):
@@ -327,14 +109,15 @@ class PreTrainedModel(nn.Module):
                 or a hub id, for which huggingface_hub must be installed.
             allow_pickle: whether pytorch_model.bin may be opened where there is no safetensors.
             dtype: the weights' dtype or its name; by default ("auto") that of the checkpoint.
-            config: used instead of the folder's.
+            config: used instead of the folder's, and then without overrides.
             **overrides: config fields to change, such as `num_labels=3`.
 
         Raises:
             FileNotFoundError: no folder, config.json, weights or shard.
             ValueError: a file is broken, its tensors do not fit the config, some are missing, or
                 the config asks for what bertgpt does not do.
-            TypeError: an override is no field of the config, or `dtype` is no dtype of weights.
+            TypeError: an override is no field of the config or comes beside one, `config` is of
+                another class, or `dtype` is no dtype of weights.
         """
         dtype = checkpoint.as_dtype(dtype)
         folder = checkpoint.resolve_folder(path_or_id, allow_pickle=allow_pickle)
