@@ -39,6 +39,7 @@ _EXPORTS = {
     "GPT2ForSequenceClassification": "bertgpt.gpt",
     "PagedKVCache": "bertgpt.kv_cache",
     "OutOfPages": "bertgpt.kv_cache",
+    "DecodeBatch": "bertgpt.decode_batch",
 }
 _MODULES = ("ops", "reference", "kernels")
 
