@@ -6,15 +6,14 @@ transformers; inside, tokens travel packed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bertgpt import generation, objectives
-from bertgpt.configuration import require
+from bertgpt import objectives
 from bertgpt.door import leave
+from bertgpt.generation import GenerationMixin
 from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
 from bertgpt.outputs import LogitsOutput
 from bertgpt.packing import PackedBatch, pad
@@ -28,7 +27,7 @@ __all__ = [
 ]
 
 
-class GPT2LMHeadModel(GPT2PreTrainedModel):
+class GPT2LMHeadModel(GenerationMixin, GPT2PreTrainedModel):
     """The language model: scores of each next word, by the word embeddings."""
 
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
@@ -109,31 +108,6 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             logits, loss = leave(packed, run.batch), _next_token_loss(packed, labels, run.batch)
         output = LogitsOutput(loss=loss, logits=logits, hidden_states=run.every_layer)
         return self._finish(output, return_dict)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]] | Tensor,
-        max_new_tokens: int,
-        *,
-        attention_mask: Tensor | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        do_sample: bool = False,
-    ) -> Any:
-        """Continues prompts greedily on a paged key-value cache; see `generation.greedy`.
-
-        Raises:
-            ValueError: `do_sample` is True; the rest is `generation.greedy`'s.
-        """
-        require(not do_sample, "do_sample", True, "tokens are chosen greedily")
-        return generation.greedy(
-            self,
-            prompts,
-            max_new_tokens,
-            attention_mask=attention_mask,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        )
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:

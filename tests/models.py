@@ -104,3 +104,11 @@ def genera_ids():
     """Token ids of real samples of microbial genera, ragged."""
     genera = demo_data.genus_model()
     return [genera.ids(names) for names in demo_data.HABITATS.values()]
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th character from "0" on."""
+
+    def decode(self, ids):
+        """The characters, end to end."""
+        return "".join(chr(ord("0") + i) for i in ids)
