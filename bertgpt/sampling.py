@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,9 @@ class SamplingRows:
 
     def take(self, rows: Tensor) -> SamplingRows:
         """The options of the rows at these int64 indices."""
-        kept = {k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        kept: dict[str, Any] = {
+            k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
         return SamplingRows(**kept)
 
 

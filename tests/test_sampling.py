@@ -70,7 +70,7 @@ def test_the_penalty_is_stocks_bit_for_bit():
 
 
 def test_rows_of_every_kind_in_one_batch():
-    """Each row is chosen as it would be alone, and rows that finish leave the others as they were."""
+    """Each row is chosen as it would be alone, and as it is when others have left."""
     options = [
         SamplingOptions(),
         SamplingOptions(repetition_penalty=5.0),
@@ -215,7 +215,7 @@ def test_a_stream_that_is_left_changes_nothing_else():
 
 
 def test_stop_strings_end_a_text_with_the_token_that_completes_one():
-    model, stock = twins(gpt, "GPT2LMHeadModel", GPT2)
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
     prompts = [random_ids(n).tolist() for n in (5, 2, 3)]
     free = model.generate(prompts, 12, eos_token_id=())
     letters = Letters()
