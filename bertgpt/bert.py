@@ -22,7 +22,7 @@ from bertgpt.bert_encoder import (
 from bertgpt.checkpoint import map_keys
 from bertgpt.configuration import refuse, require
 from bertgpt.door import Run, leave
-from bertgpt.layers import ACTIVATIONS, AddNorm
+from bertgpt.layers import ACTIVATIONS, AddNorm, Dropout
 from bertgpt.outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from bertgpt.packing import PackedBatch
 
@@ -73,7 +73,7 @@ class _Head(BertPreTrainedModel):
     def _build(self, config: BertConfig) -> None:
         """Adds dropout and a classifier of `num_labels` classes."""
         p = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if p is None else p)
+        self.dropout = Dropout(config.hidden_dropout_prob if p is None else p)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def _score(self, run: Run, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
