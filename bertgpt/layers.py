@@ -199,7 +199,5 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         weight = x.new_ones(x.shape[-1])
-        _, dropped = ops.add_layer_norm(
-            x, None, weight, None, dropout_p=self.p, return_sum=True
-        )
+        _, dropped = ops.add_layer_norm(x, None, weight, None, dropout_p=self.p, return_sum=True)
         return dropped
