@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bertgpt import ops
 from bertgpt.kv_cache import PagedKVCache
-from bertgpt.layers import SelfAttend
+from bertgpt.layers import SelfAttend, Window
 from bertgpt.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -30,11 +30,18 @@ class FillPages:
     attend: SelfAttend
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        dropout_p: float,
+        window: Window,
     ) -> Tensor:
         """Attention over the packed prompts, `[T, H, D]` each."""
         ops.paged_write(k, v, *self.cache.layers[layer], self.slots)
-        return self.attend(q, k, v, layer, scale, dropout_p)
+        return self.attend(q, k, v, layer, scale, dropout_p, window)
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,21 @@ class ReadPages:
     lengths: Tensor
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        dropout_p: float,
+        window: Window,
     ) -> Tensor:
         """Attention of B tokens, `[B, H, D]` each."""
         k_pages, v_pages = self.cache.layers[layer]
         ops.paged_write(k, v, k_pages, v_pages, self.slots)
-        return ops.paged_attention(q, k_pages, v_pages, self.page_table, self.lengths, scale=scale)
+        return ops.paged_attention(
+            q, k_pages, v_pages, self.page_table, self.lengths, window=window, scale=scale
+        )
 
 
 def pages_for(lengths: Sequence[int], limits: Sequence[int], texts: int, page_size: int) -> int:
@@ -77,9 +93,9 @@ def make_cache(model: GenerationMixin, num_pages: int, page_size: int) -> PagedK
     return PagedKVCache(
         num_pages=max(num_pages, 1),
         page_size=page_size,
-        num_layers=max(config.n_layer, 1),
-        num_kv_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head,
+        num_layers=max(config.num_hidden_layers, 1),
+        num_kv_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
         dtype=model.dtype,
         device=model.device,
     )
