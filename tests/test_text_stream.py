@@ -66,3 +66,11 @@ def test_the_prompts_text_is_not_searched_and_copies_go_apart():
     assert not detector.push(52)
     assert not detector.push(51)
     assert twin.push(51)
+
+
+def test_a_copy_amid_a_character_goes_its_own_way(pairs):
+    ids = pairs.encode("ok 🙂").ids
+    detector = StopStrings(pairs, "🙂")
+    assert not any(detector.push(token) for token in ids[:-1])
+    assert not detector.copy().push(pairs.encode("!").ids[0])
+    assert detector.push(ids[-1])
