@@ -10,7 +10,7 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.exact_softmax import MAX_VOCABULARY
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend
+from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend, triton_backend
 
 _MOST = {
     "temperature": torch.finfo(torch.float32).max,
@@ -55,8 +55,7 @@ def sample(
         seed: 64 bits; int64 [B].
         sequence_ids: What tells the rows' sequences apart, 64 bits; int32 or int64 [B].
         steps: Which of its sequence's tokens is drawn, below 2^32; int32 or int64 [B].
-        backend: "cuda", "torch" or "reference" ("triton" has no kernel); None takes the first that
-            can.
+        backend: "cuda", "triton", "torch" or "reference"; None takes the first that can.
 
     Returns:
         int64 [B]: the tokens.
@@ -185,6 +184,7 @@ _OP = Op(
     check_values=_check_values,
     backends={
         "cuda": cuda_backend("sample", lambda kernels, **call: kernels.sample(**call)),
+        "triton": triton_backend("sample", lambda kernels, **call: kernels.sample(**call)),
         "torch": Backend(portable.sample),
         "reference": Backend(reference.sample),
     },
