@@ -104,8 +104,13 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
     ("portable/attention", "[rows, None] + (S - L)", "[rows, None] + (S - L - 1)", "diagonal"),
     ("portable/attention", ".masked_fill(~allowed, -torch.inf)", "", "additive mask alone"),
     ("portable/attention", "scale=rule.scale)", "scale=0.13)", "scale"),
-    ("portable/linear_gelu", '"gelu", [], approximate)', '"gelu", [], "none")', "erf for tanh"),
-    ("portable/linear_gelu", "gelu(linear(x, w, b)", "gelu(linear(x, w)", "bias dropped"),
+    ("portable/linear_gelu", "F.gelu(h, approximate=approximate)", "F.gelu(h)", "erf for tanh"),
+    (
+        "portable/linear_gelu",
+        "gelu(linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))",
+        "gelu(linear(x, w.to(x.dtype))",
+        "bias dropped",
+    ),
     ("portable/gelu_ffn", "w_out.to(x.dtype), b_out)", "w_out.to(x.dtype))", "bias dropped"),
     (
         "portable/linear_cross_entropy",
