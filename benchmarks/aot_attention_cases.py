@@ -33,6 +33,7 @@ def _attention(
     lengths: bool = False,
     mask: torch.dtype | None = None,
     per_key: bool = False,
+    mask_gradient: bool = False,
     window: tuple[int, int] = (-1, -1),
     kv_heads: int = 12,
 ) -> object:
@@ -63,6 +64,8 @@ def _attention(
     }
     if backward:
         rows = (heads, batch * length) if packed else (batch, heads, length)
+        if mask_gradient:
+            call["mask_shape"] = shape
         return attention_bwd(q, q, meta(*rows, 2, dtype=FP32), q, k, v, **call)
     return attention_fwd(q, k, v, return_lse=False, return_stats=False, **call)
 
@@ -120,6 +123,13 @@ def _attention_backward_cases() -> Iterator[Case]:
         ]
     for dim in (31, 33, 255):  # rows that are no multiple of 16 bytes
         variants.append(("packed causal", dim, BF16, packed_causal))
+    learned: dict[str, Any] = {"mask": FP32, "mask_gradient": True}
+    for dim, dtype in (*product((64, 128, 256), (BF16, FP32)), (31, BF16), (255, BF16)):
+        variants.append(("additive mask's gradient", dim, dtype, learned))
+    variants += [
+        ("additive key mask's gradient", 64, BF16, {**learned, "per_key": True}),
+        ("additive mask's gradient dropout", 64, BF16, {**learned, "dropout": True}),
+    ]
     for name, dim, dtype, options in variants:
         # The widest instruction that some tile has: small tiles leave sm_90's and sm_100's unused.
         wide = dim in (64, 128) and dtype != FP32
