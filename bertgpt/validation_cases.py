@@ -148,10 +148,10 @@ def _attention_gradients(make: _Maker) -> Iterator[Sample]:
         ({"causal": True}, wrt),
         ({"window": (7, 3), "dropout_p": 0.2, "seed": 5}, wrt),
         ({"mask": make.randint(0, 2, 2, 1, 37, 53).bool()}, wrt),
-        ({"mask": make.randn(2, 1, 37, 53), "causal": True}, (*wrt, "mask")),
+        ({"mask": make.randn(4, 37, 53), "causal": True}, (*wrt, "mask")),
         (
             {
-                "mask": make.randn(1, 4, 1, 53).masked_fill(ruled_out, -torch.inf),
+                "mask": make.randn(2, 1, 1, 53).masked_fill(ruled_out, -torch.inf),
                 "key_lengths": torch.tensor([0, 50], dtype=torch.int32),
                 "dropout_p": 0.2,
                 "seed": 5,

@@ -17,14 +17,13 @@ Dims: B batch, L/S query/key length, H query heads, K KV heads, D head_dim padde
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from bertgpt.kernels.attention_call import attention_call
+from bertgpt.kernels.attention_call import Config, attention_call
 from bertgpt.kernels.attention_dmask import attention_dmask
 from bertgpt.kernels.attention_dq import _attention_bwd_dq_kernel
 from bertgpt.kernels.descriptors import describable
@@ -36,16 +35,6 @@ from bertgpt.kernels.primitives import (
     score_gradients,
     sequence_spans,
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile shape and launch options of one specialisation of one kernel."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
@@ -251,19 +240,15 @@ def attention_bwd(
     strides += mask.stride() if mask is not None else (0, 0, 0, 0)
     strides += call.strides(grad_out)
     scales = scale, scale if call.natural else scale * LOG2E.value
-    picks = {
-        gradient: pick_config(
-            gradient, compute_capability(), q.shape[-1], q.element_size(),
-            mask is not None or seed is not None, aligned,
-        )
-        for gradient in ("dq", "dkdv")
-    }  # fmt: skip
     # δ is written by the first launch and read by the others.
     for gradient, kernel, tensors, like in (
         ("dq", _attention_bwd_dq_kernel, (out, stats, delta, dq), dq),
         ("dkdv", _attention_bwd_dkdv_kernel, (stats, delta, dk, dv), dk),
     ):
-        config = picks[gradient]
+        config = pick_config(
+            gradient, compute_capability(), q.shape[-1], q.element_size(),
+            mask is not None or seed is not None, aligned,
+        )  # fmt: skip
         tile = config.BLOCK_M if gradient == "dq" else config.BLOCK_N
         tiles = triton.cdiv(call.longest_q if gradient == "dq" else call.longest_k, tile)
         kernel[(call.batch * like.shape[-2] * tiles,)](
@@ -274,6 +259,6 @@ def attention_bwd(
         )  # fmt: skip
     if mask_shape is not None:
         gradients["mask"] = attention_dmask(
-            q, k, v, mask, grad_out, stats, delta, mask_shape, scale, call, picks["dq"]
+            q, k, v, mask, grad_out, stats, delta, mask_shape, scale, call, aligned
         )
     return gradients

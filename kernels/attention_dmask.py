@@ -14,15 +14,36 @@ Dims: B batch, L/S query/key length, H query heads, K KV heads, D head_dim padde
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from bertgpt.kernels.attention_call import AttentionCall
+from bertgpt.kernels.attention_call import AttentionCall, Config
+from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.dropout import keep_weights
 from bertgpt.kernels.primitives import query_tiles, score_gradients, sequence_spans
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by the largest BLOCK_D: the largest tiles that compile
+# without a spill.
+_HALF = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)}
+_OTHERS = {**_HALF, 128: (32, 64, 8, 2)}
+_UNALIGNED = {32: (16, 16, 4, 1), 256: (16, 16, 16, 1)}
+_FLOAT32 = {64: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
+
+
+def pick_config(capability: int, head_dim: int, dtype_bytes: int, aligned: bool) -> Config:
+    """Tile shape for a compute capability (90 = sm_90) and a call.
+
+    `aligned` says that rows are multiples of 16 bytes. Lengths and batch play no part.
+    """
+    if not aligned:
+        table = _UNALIGNED  # loads of single elements, one pointer each
+    elif dtype_bytes == 4:
+        table = _FLOAT32  # products without tensor cores
+    else:
+        table = _HALF if capability // 10 in (9, 10) else _OTHERS
+    return Config(*table[min(d for d in table if head_dim <= d)])
 
 
 # fmt: off
@@ -128,12 +149,12 @@ def _attention_bwd_dmask_kernel(
 def attention_dmask(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
     grad_out: torch.Tensor, stats: torch.Tensor, delta: torch.Tensor,
-    mask_shape: Sequence[int], scale: float, call: AttentionCall, config: Any,
+    mask_shape: Sequence[int], scale: float, call: AttentionCall, aligned: bool,
 ) -> torch.Tensor:
     """Gradient of a mask that was broadcast from `mask_shape`, [B or 1, H or 1, L or 1, S or 1].
 
     mask is the additive one as the other kernels read it, [B, H, L, S] of any strides; stats and
-    delta are what the forward pass and dQ's kernel wrote; config is a tile shape.
+    delta are what the forward pass and dQ's kernel wrote; `aligned` as in `pick_config`.
 
     Returns:
         Contiguous, of `mask_shape`, in the mask's dtype.
@@ -142,6 +163,7 @@ def attention_dmask(
     (batch, len_q, num_heads, _), len_k = q.shape, k.shape[1]
     mask_batch, mask_heads, mask_rows, mask_keys = mask_shape
     sum_queries = mask_rows == 1
+    config = pick_config(compute_capability(), q.shape[-1], q.element_size(), aligned)
     programs_m = 1 if sum_queries else triton.cdiv(len_q, config.BLOCK_M)
     programs_n = triton.cdiv(len_k, config.BLOCK_N)
     dmask = torch.empty(tuple(mask_shape), dtype=mask.dtype, device=q.device)
