@@ -158,3 +158,19 @@ register_backward(_OP, saved=(1,))
 def gelu_ffn_flops(x: Any, w_in: Any, b_in: Any, w_out: Any, *args: Any, **kwargs: Any) -> int:
     """2 · rows · F · (E + E'): two matrix products; GELU is not counted."""
     return 2 * math.prod(x[:-1]) * (math.prod(w_in) + math.prod(w_out))
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.gelu_ffn_backward)
+def gelu_ffn_backward_flops(
+    grads: Any, saved: Any, wanted: Any, x: Any, w_in: Any, b_in: Any, w_out: Any,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """x · w_in again, the gradient of what lies between the products, and one each that is wanted.
+
+    Nothing comes again for b_out's gradient alone, a sum of columns.
+    """
+    x_too, w_in_too, b_in_too, w_out_too, _ = wanted
+    inner = x_too or w_in_too or b_in_too
+    narrow = (inner or w_out_too) + x_too + w_in_too
+    wide = inner + w_out_too
+    return 2 * math.prod(x[:-1]) * (narrow * math.prod(w_in) + wide * math.prod(w_out))

@@ -144,3 +144,11 @@ register_backward(_OP)
 def linear_gelu_flops(x: Any, w: Any, *args: Any, **kwargs: Any) -> int:
     """2 · rows · E · F; GELU is not counted."""
     return 2 * math.prod(x[:-1]) * math.prod(w)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.linear_gelu_backward)
+def linear_gelu_backward_flops(
+    grads: Any, saved: Any, wanted: Any, x: Any, w: Any, *args: Any, **kwargs: Any
+) -> int:
+    """The product again, and one each for the gradients of x and of w that are wanted."""
+    return linear_gelu_flops(x, w) * (1 + sum(wanted[:2]))
