@@ -104,7 +104,7 @@ def _cases() -> Iterator[Case]:
     yield _case("bert-large", "S512", (512,) * 8, value=4)
     yield _case("gpt2-124M", "S1024", (1024,) * 8, value=8)
     yield _case("gpt2-355M", "S1024", (1024,) * 4, value=4)
-    yield _case("minilm", "tweets", real_lengths("tweets", 16), device="cpu")
+    yield _case("bert-mini", "tweets", real_lengths("tweets", 8), device="cpu")
     yield _case("bert-tiny", "S16", (16,) * 2, device="cpu")
     yield _case("gpt2-tiny", "S16", (16,) * 2, device="cpu")
 
