@@ -26,8 +26,9 @@ from bertgpt.kernels.primitives import query_tiles, score_gradients, sequence_sp
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by the largest BLOCK_D: the largest tiles that compile
 # without a spill.
-_HALF = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)}
-_OTHERS = {**_HALF, 128: (32, 64, 8, 2)}
+_HOPPER = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)}
+_BLACKWELL = {**_HOPPER, 256: (32, 32, 8, 2)}
+_OTHERS = {**_HOPPER, 128: (32, 64, 8, 2)}
 _UNALIGNED = {256: (16, 16, 8, 1)}
 _UNALIGNED_CHUNK = 32
 _FLOAT32 = {64: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
@@ -43,7 +44,7 @@ def pick_config(capability: int, head_dim: int, dtype_bytes: int, aligned: bool)
     elif dtype_bytes == 4:
         table = _FLOAT32  # products without tensor cores
     else:
-        table = _HALF if capability // 10 in (9, 10) else _OTHERS
+        table = {9: _HOPPER, 10: _BLACKWELL}.get(capability // 10, _OTHERS)
     return Config(*table[min(d for d in table if head_dim <= d)])
 
 
@@ -110,6 +111,10 @@ def _attention_bwd_dmask_kernel(
         do_base = do_ptr + b * stride_gb + h * stride_gh
         k_base = k_ptr + b * stride_kb + h_kv * stride_kh
         v_base = v_ptr + b * stride_vb + h_kv * stride_vh
+        rows = b * stride_lb + h * stride_lh + queries
+        row_max = tl.load(stats_ptr + 2 * rows, mask=exists, other=0.0)
+        row_log_sum = tl.load(stats_ptr + 2 * rows + 1, mask=exists, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for d in tl.range(0, BLOCK_D, CHUNK_D):
@@ -118,15 +123,11 @@ def _attention_bwd_dmask_kernel(
             mask_q = exists[:, None] & mask_d
             mask_k = seen[:, None] & mask_d
             q = tl.load(q_base + rows_m * stride_qm + offs_d[None, :], mask=mask_q, other=0.0)
-            k = tl.load(k_base + rows_n * stride_kn + offs_d[None, :], mask=mask_k, other=0.0)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
             do = tl.load(do_base + rows_m * stride_gm + offs_d[None, :], mask=mask_q, other=0.0)
+            k = tl.load(k_base + rows_n * stride_kn + offs_d[None, :], mask=mask_k, other=0.0)
             v = tl.load(v_base + rows_n * stride_vn + offs_d[None, :], mask=mask_k, other=0.0)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
             grad_weights = tl.dot(do, tl.trans(v), grad_weights, input_precision=PRECISION)
-        rows = b * stride_lb + h * stride_lh + queries
-        row_max = tl.load(stats_ptr + 2 * rows, mask=exists, other=0.0)
-        row_log_sum = tl.load(stats_ptr + 2 * rows + 1, mask=exists, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
         keep = None
         if seed_ptr is not None:
             batch_head = b * num_heads + h
