@@ -16,6 +16,7 @@ from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.portable.attention_backward import attention_backward
 
 MAX_HEAD_DIM = 256
 
@@ -258,6 +259,18 @@ def _run(function: Any, *, return_stats: bool, **call: Any) -> Outputs:
     return out.contiguous(), None if lse is None else lse.contiguous(), stats
 
 
+def _differentiate_torch(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_lse: bool,
+    return_stats: bool,
+    **call: Any,
+) -> Mapping[str, Tensor] | None:
+    return attention_backward(grads[0], **_prepared(call))
+
+
 def _run_triton(kernels: Any, **call: Any) -> Outputs:
     return kernels.attention_fwd(**_prepared(call))
 
@@ -301,7 +314,9 @@ _OP = Op(
     check_values=_check_values,
     backends={
         "triton": triton_backend("attention", _run_triton, _differentiate_triton),
-        "torch": Backend(lambda **call: _run(portable.attention, **call)),
+        "torch": Backend(
+            lambda **call: _run(portable.attention, **call), backward=_differentiate_torch
+        ),
         "reference": Backend(lambda **call: _run(reference.attention, **call)),
     },
     fake=_fake,

@@ -14,6 +14,7 @@ from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
 from bertgpt.ops.linear_gelu import check_approximate, check_linear
+from bertgpt.portable.gelu_ffn import gelu_ffn_backward
 
 
 def gelu_ffn(
@@ -57,7 +58,8 @@ def gelu_ffn(
         x, w_in, b_in, w_out, b_out,
         approximate=approximate, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    return _OP(call)
+    y, _ = _OP(call)
+    return y
 
 
 def _check(
@@ -79,20 +81,43 @@ def _check(
     (x,) = checks.autocast(x)  # float32 weights may stay beside it
     check_linear("w_in", w_in, "b_in", b_in, x, "x", x.shape[-1])
     check_linear("w_out", w_out, "b_out", b_out, x, "w_in's outputs", w_in.shape[0])
+    grad = needs_grad(x, w_in, b_in, w_out, b_out)
+    # A CPU has memory for what goes into the GELU, and would compute it again for long.
+    keeps = grad and x.device.type == "cpu" and backend in (None, "torch")
     return {
         "x": x, "w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out,
         "approximate": approximate, "dropout_p": dropout_p,
         "seed": checks.as_seed(seed, dropout_p),
-        "needs_grad": needs_grad(x, w_in, b_in, w_out, b_out), "backend": backend,
+        "return_inner": keeps, "needs_grad": grad, "backend": backend,
     }  # fmt: skip
 
 
-def _run(function: Any, **call: Any) -> Tensor:
-    return function(**call).contiguous()
+Outputs = tuple[Tensor, Tensor | None]  # y, and what goes into the GELU where that is kept
 
 
-def _run_triton(kernels: Any, **call: Any) -> Tensor:
-    return kernels.gelu_ffn(**call)
+def _run_torch(*, return_inner: bool, **call: Any) -> Outputs:
+    result: Any = portable.gelu_ffn(return_inner=return_inner, **call)
+    y, inner = result if return_inner else (result, None)
+    return y.contiguous(), inner
+
+
+def _run_reference(*, return_inner: bool, **call: Any) -> Outputs:
+    return reference.gelu_ffn(**call).contiguous(), None
+
+
+def _run_triton(kernels: Any, *, return_inner: bool, **call: Any) -> Outputs:
+    return kernels.gelu_ffn(**call), None
+
+
+def _differentiate_torch(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_inner: bool,
+    **call: Any,
+) -> dict[str, Tensor]:
+    return gelu_ffn_backward(grads[0], saved[0], names, **call)
 
 
 def _differentiate_triton(
@@ -100,28 +125,33 @@ def _differentiate_triton(
     grads: Sequence[Tensor],
     saved: Sequence[Tensor],
     names: Sequence[str],
+    *,
+    return_inner: bool,
     **call: Any,
 ) -> dict[str, Tensor]:
     return kernels.gelu_ffn_bwd(grads[0], names, **call)
 
 
-def _fake(call: Call) -> Tensor:
-    return call["x"].new_empty((*call["x"].shape[:-1], call["w_out"].shape[0]))
+def _fake(call: Call) -> tuple[Tensor, Tensor]:
+    x = call["x"]
+    inner = (*x.shape[:-1], call["w_in"].shape[0]) if call["return_inner"] else (0,)
+    return x.new_empty((*x.shape[:-1], call["w_out"].shape[0])), x.new_empty(inner)
 
 
 _OP = Op(
     "gelu_ffn(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str approximate,"
-    " float dropout_p, Tensor? seed, bool needs_grad, str? backend) -> Tensor",
+    " float dropout_p, Tensor? seed, bool return_inner, bool needs_grad, str? backend)"
+    " -> (Tensor, Tensor)",
     check=_check,
     backends={
         "triton": triton_backend("linear_gelu", _run_triton, _differentiate_triton),
-        "torch": Backend(lambda **call: _run(portable.gelu_ffn, **call)),
-        "reference": Backend(lambda **call: _run(reference.gelu_ffn, **call)),
+        "torch": Backend(_run_torch, backward=_differentiate_torch),
+        "reference": Backend(_run_reference),
     },
     fake=_fake,
     differentiable=("x", "w_in", "b_in", "w_out", "b_out"),
 )
-register_backward(_OP)
+register_backward(_OP, saved=(1,))
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.gelu_ffn)

@@ -21,6 +21,7 @@ from bertgpt.ops._dispatch import (
     needs_grad,
     triton_backend,
 )
+from bertgpt.portable.linear_gelu import linear_gelu_backward
 
 
 def linear_gelu(
@@ -99,6 +100,12 @@ def _run(function: Any, **call: Any) -> Tensor:
     return function(**call).contiguous()
 
 
+def _differentiate_torch(
+    grads: Sequence[Tensor], saved: Sequence[Tensor], names: Sequence[str], **call: Any
+) -> dict[str, Tensor]:
+    return linear_gelu_backward(grads[0], names, **call)
+
+
 def _differentiate_triton(
     kernels: Any,
     grads: Sequence[Tensor],
@@ -122,7 +129,9 @@ _OP = Op(
         "triton": triton_backend(
             "linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c), _differentiate_triton
         ),
-        "torch": Backend(lambda **call: _run(portable.linear_gelu, **call)),
+        "torch": Backend(
+            lambda **call: _run(portable.linear_gelu, **call), backward=_differentiate_torch
+        ),
         "reference": Backend(lambda **call: _run(reference.linear_gelu, **call)),
     },
     fake=_fake,
