@@ -21,7 +21,7 @@ def _on_cuda(*shape, **options):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """A checked attention call whose tensors say they are on a GPU of capability 9.0."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(_dispatch.extension, "capability", lambda device: (9, 0))
     _dispatch._warn_once.cache_clear()
     q = _on_cuda()
 
@@ -73,7 +73,7 @@ def test_what_triton_refuses(on_a_gpu):
 
 
 def test_old_gpus_are_refused(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(_dispatch.extension, "capability", lambda device: (7, 5))
     assert "7.5 is below 8.0" in OPS["attention"].refusal("triton", on_a_gpu())
 
 

@@ -91,11 +91,12 @@ def _check(
     if residual is not None:
         checks.check_like("residual", residual, "x", x)
         checks.check_shape("residual", residual, x.shape, "x's shape")
-    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for name, parameter in parameters.items():
-        checks.check_tensor(name, parameter, rank=1)
-        checks.check_parameter(name, parameter, "x", x)
-        checks.check_shape(name, parameter, x.shape[-1:], "one per column of x")
+    columns = x.shape[-1:]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None or name == "weight":
+            checks.check_tensor(name, parameter, rank=1)
+            checks.check_parameter(name, parameter, "x", x)
+            checks.check_shape(name, parameter, columns, "one per column of x")
     return {
         "x": x, "residual": residual, "weight": weight, "bias": bias, "eps": float(eps),
         "dropout_p": dropout_p, "seed": checks.as_seed(seed, dropout_p),
@@ -114,8 +115,11 @@ def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
     return y.contiguous(), total.contiguous()
 
 
-def _run_kernel(kernels: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
-    return kernels.add_layer_norm(**call)
+def _run_cuda(kernels: Any, call: Call) -> tuple[Tensor, Tensor | None]:
+    return kernels.add_layer_norm(
+        call["x"], call["residual"], call["weight"], call["bias"], eps=call["eps"],
+        dropout_p=call["dropout_p"], seed=call["seed"], return_sum=call["return_sum"],
+    )  # fmt: skip
 
 
 def _differentiate_triton(
@@ -142,8 +146,12 @@ _OP = Op(
     " -> (Tensor, Tensor)",
     check=_check,
     backends={
-        "cuda": cuda_backend("add_layer_norm", _run_kernel),
-        "triton": triton_backend("add_layer_norm", _run_kernel, _differentiate_triton),
+        "cuda": cuda_backend("add_layer_norm", _run_cuda),
+        "triton": triton_backend(
+            "add_layer_norm",
+            lambda kernels, **c: kernels.add_layer_norm(**c),
+            _differentiate_triton,
+        ),
         "torch": Backend(lambda **call: _run(portable.add_layer_norm, **call)),
         "reference": Backend(lambda **call: _run(reference.add_layer_norm, **call)),
     },

@@ -99,6 +99,10 @@ def _run(function: Any, **call: Any) -> Tensor:
     return function(**call).contiguous()
 
 
+def _run_cuda(kernels: Any, call: Call) -> Tensor:
+    return kernels.linear_gelu(call["x"], call["w"], call["b"], approximate=call["approximate"])
+
+
 def _differentiate_triton(
     kernels: Any,
     grads: Sequence[Tensor],
@@ -118,7 +122,7 @@ _OP = Op(
     " -> Tensor",
     check=_check,
     backends={
-        "cuda": cuda_backend("linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c)),
+        "cuda": cuda_backend("linear_gelu", _run_cuda),
         "triton": triton_backend(
             "linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c), _differentiate_triton
         ),
