@@ -174,6 +174,13 @@ def _add_layer_norm(make: _Maker) -> Iterator[Sample]:
         yield Sample("add_layer_norm", (x, residual, make.randn(width), bias), options)
 
 
+def _pool(make: _Maker) -> Iterator[Sample]:
+    cu_seqlens = torch.tensor([0, *accumulate(_RAGGED)], dtype=torch.int32)
+    for pooling, normalize in product(("cls", "mean", "max"), (False, True)):
+        x = make.randn(sum(_RAGGED), 61)
+        yield Sample("pool", (x, cu_seqlens), {"pooling": pooling, "normalize": normalize})
+
+
 def _paged_write(make: _Maker) -> Iterator[Sample]:
     for dim in (64, 40):
         k, v = make.randn(19, 2, dim), make.randn(19, 2, dim)
@@ -246,6 +253,7 @@ _MAKERS: dict[str, Callable[[_Maker], Iterator[Sample]]] = {
     "gelu_ffn": _gelu_ffn,
     "linear_cross_entropy": _linear_cross_entropy,
     "add_layer_norm": _add_layer_norm,
+    "pool": _pool,
     "paged_write": _paged_write,
     "paged_attention": _paged_attention,
     "sample": _sample,
