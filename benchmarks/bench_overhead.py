@@ -1,10 +1,11 @@
 """What a call costs besides its kernel, on this machine's CPU: checks, choice, allocation, binding.
 
-Each op is called as one decoding step of GPT-2's sizes calls it. The C++ kernels come from a
-host-engine build. Where they would be launched, the longest binding is called for an empty batch,
-so that all of the way there is timed and nothing is computed; values of index tensors are not looked
+Each op is called as one decoding step of GPT-2's sizes calls it. The C++ kernels come from a host-
+engine build. Where they would be launched, the longest binding is called for an empty batch, so
+that the whole way there is timed and nothing is computed; values of index tensors are not looked
 at, as on a GPU. What a GPU adds is the launch, and asking for the stream and the current device.
-Each figure is the best of many short slices, taken in turns, so that a busy machine spoils all alike.
+Each figure is the best of many short slices, taken in turns, so that a busy machine spoils all
+alike.
 
     pytest tests/test_cuda_host_add_layer_norm.py   # builds it, where it can be built
     BERTGPT_HOST_ENGINE=build/host/_host-plain….so python benchmarks/bench_overhead.py

@@ -17,7 +17,7 @@ import torch
 
 from bertgpt import ops, reference
 from bertgpt.accuracy import measure
-from bertgpt.ops import _dispatch
+from bertgpt.ops import _backends
 from bertgpt.validation_cases import samples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,9 +262,9 @@ def test_the_original_kernel_survives(op):
 def test_kernel_mutant_is_killed(kernel, text, replacement, tmp_path, monkeypatch):
     mutant = _mutate(ROOT / "kernels" / f"{kernel}.py", text, replacement, tmp_path)
     op = _op_of(kernel)
-    load = _dispatch._kernels
+    load = _backends._kernels
     if kernel in HELPERS:
         monkeypatch.setattr(load(op), kernel, getattr(mutant, kernel))
     else:
-        monkeypatch.setattr(_dispatch, "_kernels", lambda m: mutant if m == kernel else load(m))
+        monkeypatch.setattr(_backends, "_kernels", lambda m: mutant if m == kernel else load(m))
     assert not _survives(op, getattr(ops, op), backend="triton")

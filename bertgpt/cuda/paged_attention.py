@@ -88,7 +88,8 @@ def paged_decode(
         raise ValueError(f"prefix_keys is {prefix_keys}, but the page table holds {longest} keys")
     if (new_k is None) != (new_v is None):
         raise ValueError("new_k and new_v go together")
-    new_at, new_strides = (0, 0), (0, 0, 0, 0)
+    new_at: tuple[int, ...] = (0, 0)
+    new_strides: tuple[int, ...] = (0, 0, 0, 0)
     if new_k is not None and new_v is not None:
         _check_new("new_k", new_k, q, kv_heads)
         _check_new("new_v", new_v, q, kv_heads)

@@ -22,10 +22,8 @@ from bertgpt.cuda import extension
 from bertgpt.ops._backends import (
     Backend,
     Call,
-    cuda_backend,
     device_of,
     first_tensor,
-    triton_backend,
 )
 from bertgpt.ops._checks import autocasting
 from bertgpt.ops._watched import refuse_tangents, watched

@@ -11,15 +11,8 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import (
-    Backend,
-    Call,
-    Op,
-    check_backend,
-    cuda_backend,
-    needs_grad,
-    triton_backend,
-)
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
 
 
 def add_layer_norm(
@@ -92,17 +85,21 @@ def _check(
         checks.check_like("residual", residual, "x", x)
         checks.check_shape("residual", residual, x.shape, "x's shape")
     columns = x.shape[-1:]
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None or name == "weight":
-            checks.check_tensor(name, parameter, rank=1)
-            checks.check_parameter(name, parameter, "x", x)
-            checks.check_shape(name, parameter, columns, "one per column of x")
+    _check_columns("weight", weight, x, columns)
+    if bias is not None:
+        _check_columns("bias", bias, x, columns)
     return {
         "x": x, "residual": residual, "weight": weight, "bias": bias, "eps": float(eps),
         "dropout_p": dropout_p, "seed": checks.as_seed(seed, dropout_p),
         "return_sum": checks.check_flag("return_sum", return_sum),
         "needs_grad": needs_grad(x, residual, weight, bias), "backend": backend,
     }  # fmt: skip
+
+
+def _check_columns(name: str, parameter: Tensor, x: Tensor, columns: tuple[int, ...]) -> None:
+    checks.check_tensor(name, parameter, rank=1)
+    checks.check_parameter(name, parameter, "x", x)
+    checks.check_shape(name, parameter, columns, "one per column of x")
 
 
 def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend, triton_backend
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend
 from bertgpt.ops.paged_write import check_pages, without_gradient
 
 

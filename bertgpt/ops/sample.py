@@ -10,7 +10,8 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.exact_softmax import MAX_VOCABULARY
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend
+from bertgpt.ops._backends import Backend, Call, cuda_backend
+from bertgpt.ops._dispatch import Op, check_backend
 
 _NUMBERS = (int, float)
 _MOST = {
