@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bertgpt import ops
-from bertgpt.benchmarks.environment import describe
+from bertgpt.benchmarks.environment import one_line
 from bertgpt.cuda import paged_attention as launcher
 from bertgpt.cuda.extension import HOST_ENGINE, extension, unavailable
 from bertgpt.ops._dispatch import OPS
@@ -140,23 +140,13 @@ def as_markdown(found: dict[tuple[str, str], float]) -> str:
     return "\n".join(
         [
             "Microseconds a call that launches nothing, by `benchmarks/bench_overhead.py`; best of",
-            f"many slices. {where()}",
+            f"many slices. {one_line('cpu')}",
             "",
             "| what | part | µs a call |",
             "|---|---|---|",
             *lines,
             "",
         ]
-    )
-
-
-def where() -> str:
-    """One line: the processor, Python's and torch's versions, the commit."""
-    here = describe("cpu")
-    changed = " with changes" if here["dirty"] else ""
-    return (
-        f"{here['device']}, Python {here['python']}, torch {here['packages']['torch']}, "
-        f"commit {here['commit']}{changed}, {here['when']}."
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from bertgpt.philox import dropout_rows
+from bertgpt.portable.linear import linear
 from bertgpt.portable.linear_gelu import linear_gelu
 
 
@@ -23,4 +23,4 @@ def gelu_ffn(
     """What `bertgpt.ops.gelu_ffn` computes; the arguments are described there."""
     hidden = linear_gelu(x, w_in, b_in, approximate=approximate)
     b_out = None if b_out is None else b_out.to(x.dtype)
-    return dropout_rows(F.linear(hidden, w_out.to(x.dtype), b_out), dropout_p, seed)
+    return dropout_rows(linear(hidden, w_out.to(x.dtype), b_out), dropout_p, seed)
