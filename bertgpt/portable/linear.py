@@ -12,7 +12,7 @@ _WORTH_A_CALL = 2**21  # multiplications; below, oneDNN's longer way to its kern
 _ROWS = 8  # below, a product is bound by reading the weights, which both do alike
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """What `torch.nn.functional.linear` computes.
 
     Args:
