@@ -60,12 +60,13 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def one_line(device: str) -> str:
-    """The device, Python's and torch's versions, the commit and the time, as a sentence."""
+    """The device, versions, the commit, the time and how busy the machine is, as a sentence."""
     here = describe(device)
     changed = " with changes" if here["dirty"] else ""
     return (
         f"{here['device']}, Python {here['python']}, torch {here['packages']['torch']}, "
-        f"commit {here['commit']}{changed}, {here['when']}."
+        f"commit {here['commit']}{changed}, {here['when']}, load {os.getloadavg()[0]:.0f} on "
+        f"{here['cores']} cores."
     )
 
 
