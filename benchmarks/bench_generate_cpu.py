@@ -115,7 +115,7 @@ def main(
     """Time ours against stock and print a table."""
     title = f"{PROMPTS} ragged prompts, {NEW_TOKENS} new tokens, {torch.get_num_threads()} threads"
     columns = ("model", "mean prompt", "ours s", "stock s", "ratio", "rows alike")
-    rows, missed = [], False
+    rows, missed, where = [], False, one_line("cpu")
     for name, folder in models().items():
         model, theirs = ours_and_stock(folder)
         prompts = ragged(model.config.vocab_size)
@@ -133,7 +133,7 @@ def main(
     Console().print(table)
     if write:
         lines = (f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
-        about = f"{title}, by `benchmarks/bench_generate_cpu.py`. {one_line('cpu')}"
+        about = f"{title}, by `benchmarks/bench_generate_cpu.py`. {where}"
         RESULT.write_text("\n".join((about, "", *lines, "")))
     if missed:
         raise typer.Exit(1)
