@@ -1,9 +1,9 @@
 """Greedy decoding of ragged prompts, paged here against padded in stock transformers, on a CPU.
 
-Both continue the same 16 prompts by 64 tokens in one process, turn by turn, so that a busy machine
-slows both. Two models: a real small GPT-2 of gut genera, and random weights of GPT-2's own size. The
-prompts are random tokens, of lengths spread as requests come. Stock pads on the left, as its
-documentation asks for, and keeps its default cache and attention.
+Both continue the same 16 prompts by 64 tokens in one process, turn by turn, so that a busy
+machine slows both. Two models: a real small GPT-2 of gut genera, and random weights of GPT-2's
+own size. The prompts are random tokens, of lengths spread as requests come. Stock pads on the
+left, as its documentation asks for, and keeps its default cache and attention.
 
     python benchmarks/bench_generate_cpu.py --require 2.0   # exit 1 below that ratio
 """

@@ -8,14 +8,16 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bertgpt.layers import Linear
-from bertgpt.portable.linear import linear
+from bertgpt.portable.products import linear
 
 LARGE = (16, 512, 300)  # above what is worth oneDNN's call
 
 
 def inputs(rows, width, outputs, dtype=torch.float32):
-    return randn(rows, width, dtype=dtype), randn(outputs, width, seed=1, dtype=dtype), randn(
-        outputs, seed=2, dtype=dtype
+    return (
+        randn(rows, width, dtype=dtype),
+        randn(outputs, width, seed=1, dtype=dtype),
+        randn(outputs, seed=2, dtype=dtype),
     )
 
 

@@ -110,7 +110,7 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
     ("portable/attention", ".masked_fill(~allowed, -torch.inf)", "", "additive mask alone"),
     ("portable/attention", "scale=rule.scale)", "scale=0.13)", "scale"),
     ("portable/linear_gelu", '"gelu", [], approximate)', '"gelu", [], "none")', "erf for tanh"),
-    ("portable/linear_gelu", "F.linear(x, w, b)", "F.linear(x, w)", "bias dropped"),
+    ("portable/linear_gelu", "gelu(linear(x, w, b)", "gelu(linear(x, w)", "bias dropped"),
     ("portable/gelu_ffn", "w_out.to(x.dtype), b_out)", "w_out.to(x.dtype))", "bias dropped"),
     (
         "portable/linear_cross_entropy",

@@ -13,6 +13,7 @@ from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
 from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
 from bertgpt.ops._dispatch import Op, check_backend, needs_grad
+from bertgpt.portable.add_layer_norm import add_layer_norm_backward
 
 
 def add_layer_norm(
@@ -119,6 +120,18 @@ def _run_cuda(kernels: Any, call: Call) -> tuple[Tensor, Tensor | None]:
     )  # fmt: skip
 
 
+def _differentiate_torch(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_sum: bool,
+    **call: Any,
+) -> dict[str, Tensor]:
+    grad_y, grad_sum = grads
+    return add_layer_norm_backward(grad_y, grad_sum if return_sum else None, names, **call)
+
+
 def _differentiate_triton(
     kernels: Any,
     grads: Sequence[Tensor],
@@ -149,7 +162,9 @@ _OP = Op(
             lambda kernels, **c: kernels.add_layer_norm(**c),
             _differentiate_triton,
         ),
-        "torch": Backend(lambda **call: _run(portable.add_layer_norm, **call)),
+        "torch": Backend(
+            lambda **call: _run(portable.add_layer_norm, **call), backward=_differentiate_torch
+        ),
         "reference": Backend(lambda **call: _run(reference.add_layer_norm, **call)),
     },
     fake=_fake,
