@@ -116,9 +116,7 @@ def test_every_other_mask_beside_it(name, shape, tiles):
     """In turn each dtype and tile shape, a float32 mask beside the half tensors."""
     turn = list(CALLS).index(name)
     tiles(TILES[sorted(TILES)[turn % 3]])
-    check(
-        qkv(B, L, S, H, 1 + turn % 2, 16, KERNEL_DTYPES[turn % 3]), additive(*shape), **CALLS[name]
-    )
+    check(qkv(B, L, S, H, 1 + turn % 2, 16, KERNEL_DTYPES[turn % 3]), additive(*shape), **CALLS[name])
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
