@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bertgpt import generation, objectives
 from bertgpt.configuration import require
 from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
+from bertgpt.layers import Linear
 from bertgpt.outputs import LogitsOutput
 from bertgpt.packing import PackedBatch, pad
 from bertgpt.vocabulary import score
@@ -36,7 +37,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
         self.transformer = GPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

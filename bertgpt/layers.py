@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bertgpt import ops
+from bertgpt.ops._watched import watched
 from bertgpt.packing import PackedBatch
+from bertgpt.portable.products import linear
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
@@ -111,6 +113,16 @@ class Embeddings(nn.Module):
         return words, self.position_embeddings(positions)
 
 
+class Linear(nn.Linear):
+    """torch's linear layer, on the faster GEMM of a CPU where nothing watches the call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., E]` → `[..., F]`."""
+        if watched((x, self.weight, self.bias)) or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return linear(x, self.weight, self.bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
@@ -121,8 +133,8 @@ class SelfAttention(nn.Module):
         self.heads, self.head_dim, self.layer = heads, width // heads, layer
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x_TE: Tensor, attend: Attend) -> Tensor:
         """`[T, E]` → `[T, E]`."""

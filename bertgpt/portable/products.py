@@ -12,12 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _INNER = 384  # terms that oneDNN adds up one after the other: with many more, roundings show
+_ROWS = 8  # below, reading the weights is the cost, which both libraries do alike
+_ROWS_OF_COPIES = 64  # from here on, copying the weight in pieces is cheap beside the product
+_MULTIPLICATIONS = 2**21  # below, oneDNN's longer way to its kernel costs more than it saves
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """The product x · wᵀ + b, for x [..., K], w [N, K] and b [N], all of one dtype."""
-    if not _takes_onednn(x, w, b):
+    if not (_is_worth_onednn(x, w) and _takes_onednn(x, w, b)):
         return F.linear(x, w, b)
+    if x.shape[-1] <= _INNER:
+        return _onednn(x, w, b)
     first, *others = zip(x.split(_INNER, -1), w.split(_INNER, -1), strict=True)
     y = _onednn(*first, b)
     for x_part, w_part in others:
@@ -36,6 +41,13 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 def is_finite(y: Tensor) -> bool:
     """By a sum, the cheapest way, in float32 where y is: to widen costs as much as a GELU."""
     return math.isfinite(y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32)))
+
+
+def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
+    *outer, inner = x.shape
+    rows = math.prod(outer)
+    enough = _ROWS if inner <= _INNER else _ROWS_OF_COPIES
+    return rows >= enough and rows * inner * w.shape[0] >= _MULTIPLICATIONS
 
 
 def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
