@@ -227,7 +227,10 @@ def _pool(make: _Maker) -> Iterator[Sample]:
     cu_seqlens = torch.tensor([0, *accumulate(_RAGGED)], dtype=torch.int32)
     for pooling, normalize in product(("cls", "mean", "max"), (False, True)):
         x = make.randn(sum(_RAGGED), 61)
-        yield Sample("pool", (x, cu_seqlens), {"pooling": pooling, "normalize": normalize})
+        options = {"pooling": pooling, "normalize": normalize}
+        yield Sample("pool", (x, cu_seqlens), options)
+        if pooling == "mean" and not normalize:
+            yield Sample("pool", (x, cu_seqlens), options, (0,))
 
 
 def _paged_write(make: _Maker) -> Iterator[Sample]:

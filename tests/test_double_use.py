@@ -25,6 +25,10 @@ def both(x, residual, weight, bias, **options):
     return y * 2 + total
 
 
+def pool(x):
+    return ops.pool(x, cu_seqlens((2, 1, 5)), pooling="mean", normalize=True)
+
+
 def loss(hidden, weight, bias):
     return ops.linear_cross_entropy(hidden, weight, bias, torch.tensor([3, -100, 0, 8, 1]))
 
@@ -37,9 +41,10 @@ CALLS = {
     "linear_gelu": (ops.linear_gelu, ((5, 8), (9, 8), (9,))),
     "gelu_ffn": (ops.gelu_ffn, ((5, 8), (9, 8), (9,), (8, 9), (8,))),
     "add_layer_norm": (both, ((5, 8), (5, 8), (8,), (8,))),
+    "pool": (pool, ((8, 8),)),
     "linear_cross_entropy": (loss, ((5, 8), (9, 8), (9,))),
 }
-DROPPING = sorted(set(CALLS) - {"linear_gelu", "linear_cross_entropy"})
+DROPPING = sorted(set(CALLS) - {"linear_gelu", "pool", "linear_cross_entropy"})
 
 
 def tensors(name):
