@@ -196,7 +196,7 @@ _OP = Op(
     check_values=_check_values,
     backends={
         "cuda": cuda_backend("sample", _run_kernel),
-        "triton": triton_backend("sample", _run_kernel),
+        "triton": triton_backend("sample", lambda kernels, **c: _run_kernel(kernels, c)),
         "torch": Backend(portable.sample),
         "reference": Backend(reference.sample),
     },
