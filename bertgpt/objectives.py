@@ -261,7 +261,7 @@ def passages(
 
 
 def next_sentence_pair(
-    place: int,
+    here: Passage,
     passages: Sequence[Passage],
     *,
     length: int,
@@ -276,8 +276,8 @@ def next_sentence_pair(
     until the pair fits.
 
     Args:
-        place: which passage.
-        passages: all of them, of two documents or more; see `passages`.
+        here: the passage.
+        passages: where others are drawn from, of two documents or more; see `passages`.
         length: longest pair in tokens.
         cls_token: id that opens the pair.
         sep_token: id that ends each segment.
@@ -291,7 +291,6 @@ def next_sentence_pair(
     def draw(high: int) -> int:
         return int(torch.randint(high, (), generator=generator))
 
-    here = passages[place]
     cut = 1 + draw(len(here.sentences) - 1)
     first, second = here.sentences[:cut], here.sentences[cut:]
     label = draw(2)

@@ -147,7 +147,7 @@ def test_half_of_the_pairs_follow_and_the_rest_come_from_elsewhere():
         place = seed % len(found)
         generator = torch.Generator().manual_seed(seed)
         ids, types, label = next_sentence_pair(
-            place, found, length=16, **MARKS, generator=generator
+            found[place], found, length=16, **MARKS, generator=generator
         )
         labels[label] += 1
         assert len(ids) == len(types) <= 16
@@ -177,7 +177,11 @@ def test_the_longer_segment_is_cut_first(a, b, length):
     first, second = list(range(100, 100 + a)), list(range(200, 200 + b))
     everything = [Passage(0, (first, second)), Passage(1, (first, second))]
     ids, types, _ = next_sentence_pair(
-        0, everything, length=length, **MARKS, generator=torch.Generator().manual_seed(0)
+        everything[0],
+        everything,
+        length=length,
+        **MARKS,
+        generator=torch.Generator().manual_seed(0),
     )
     kept = [types.count(0) - 2, types.count(1) - 1]
     expected = [a, b]
