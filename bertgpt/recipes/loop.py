@@ -318,7 +318,24 @@ def _accelerator(settings: Settings) -> Any:
     except ModuleNotFoundError as missing:
         message = "training needs accelerate: pip install 'bertgpt[train]'"
         raise ModuleNotFoundError(message, name="accelerate") from missing
-    return Accelerator(cpu=settings.cpu, mixed_precision=settings.precision)
+    accelerator = Accelerator(cpu=settings.cpu, mixed_precision=settings.precision)
+    _prepare_sharding(getattr(accelerator.state, "fsdp_plugin", None))
+    return accelerator
+
+
+def _prepare_sharding(plugin: Any) -> None:
+    """Makes an FSDP plugin, if there is one, fit these models.
+
+    Raises:
+        ValueError: it asks for FSDP's first version.
+    """
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError("weights are sharded by FSDP2 here: launch with --fsdp_version 2")
+    # It would read the weights back by state_dict's names, which are not the parameters' here;
+    # and every rank has them already.
+    plugin.cpu_ram_efficient_loading = False
 
 
 @contextmanager
