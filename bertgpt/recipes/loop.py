@@ -94,7 +94,6 @@ def train(
     run = _Run(task, examples, settings, resume)
     before = {} if resume else run.evaluate(held_out)
     log = run.train(console)
-    after = run.evaluate(held_out)
     model = run.whole_model()
     if run.main:
         model.save_pretrained(settings.output)
@@ -102,7 +101,7 @@ def train(
             copy_tokenizer(tokenizer, settings.output)
         (settings.output / state.FILE).unlink(missing_ok=True)
     run.accelerator.wait_for_everyone()
-    return Result(model, log, before, after)
+    return Result(model, log, before, run.evaluate(held_out))
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
