@@ -18,7 +18,7 @@ from bertgpt.objectives import IGNORE
 from bertgpt.recipes import loop, state
 from bertgpt.recipes.pretrain import BertPretraining, PairBatches, Size
 from bertgpt.recipes.settings import Settings
-from bertgpt.recipes.text import Document, hold_out, read_documents
+from bertgpt.recipes.text import Document, copy_tokenizer, hold_out, read_documents
 from bertgpt.text import load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -40,8 +40,8 @@ def bpe(tmp_path) -> Path:
     maker = ByteLevelBPETokenizer()
     special = ["<|endoftext|>"]
     maker.train_from_iterator(WORDS, vocab_size=300, special_tokens=special, show_progress=False)
-    maker.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
+    maker.save(str(tmp_path / "words.json"))
+    return tmp_path / "words.json"
 
 
 @pytest.fixture
@@ -188,6 +188,14 @@ def test_text_that_makes_no_pairs_is_named(run, wordpiece, tmp_path):
     code, said = run("pretrain", "bert", *options(tmp_path / "short", wordpiece, tmp_path / "out"))
     assert code == 1
     assert "next-sentence pairs need two documents of two sentences; 2 of 2 are shorter" in said
+
+
+def test_a_tokenizers_one_file_gets_the_name_that_is_looked_for(wordpiece, tmp_path):
+    alone = (wordpiece / "vocab.txt").rename(tmp_path / "words.txt")
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(alone, tmp_path / "out")
+    ids = load_tokenizer(tmp_path / "out").encode("the bank").ids
+    assert ids == load_tokenizer(alone).encode("the bank").ids == [2, 5, 6, 3]
 
 
 def test_documents_have_paragraphs(tmp_path):
