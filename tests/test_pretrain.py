@@ -1,5 +1,6 @@
 """`bertgpt pretrain`: text in, a folder that stock transformers loads out; and what it refuses."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -277,3 +278,17 @@ def test_small_models_learn_real_news_as_stock_does(tmp_path):
     assert train_pretrain_cpu.verdict(
         {"ours": {**worse, "before": {"loss": 5.0}}, "stock": {**worse}}
     ) == ["the held-out loss did not fall"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_the_figures_in_the_docs_are_those_of_the_results_file(kind):
+    found = json.loads((train_pretrain_cpu.RESULTS / f"pretrain_{kind}_cpu.json").read_text())
+    assert train_pretrain_cpu.verdict(found) == []
+    page = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text()
+    model = {"bert": "BERT", "gpt": "GPT-2"}[kind]
+    rows = [row for row in page.splitlines() if row.startswith(f"| {model} | ")]
+    names = [name for name in found["ours"]["after"] if name != "loss"] or ["loss"]
+    figures = (found["ours"]["before"], found["ours"]["after"], found["stock"]["after"])
+    for row, name in zip(rows, names, strict=True):
+        assert f"| {found['settings']['max_steps']} |" in row
+        assert row.endswith("| " + " | ".join(f"{side[name]:.3f}" for side in figures) + " |")
