@@ -1,8 +1,9 @@
 """The training loop: AdamW on packed batches, on one device or many, by `accelerate`.
 
-Everything random in a step is drawn from (seed, step, rank) or (seed, place in the stream), so a
-run that is resumed, or split otherwise over ranks and accumulated parts, takes the same examples,
-masks and dropout. A step's gradient is that of the mean over all of its labels.
+Examples, their order and their random inputs are drawn from (seed, place in the stream), dropout from
+(seed, step, rank). So a run that is resumed repeats them all, and one that is split otherwise over
+ranks and accumulated parts repeats all but dropout. A step's gradient is that of the mean over all
+of its labels.
 """
 
 from __future__ import annotations
