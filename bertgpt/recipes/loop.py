@@ -1,6 +1,6 @@
 """The training loop: AdamW on packed batches, on one device or many, by `accelerate`.
 
-Examples, their order and their random inputs are drawn from (seed, place in the stream), dropout from
+Examples, their order and their random inputs come from (seed, place in the stream), dropout from
 (seed, step, rank). So a run that is resumed repeats them all, and one that is split otherwise over
 ranks and accumulated parts repeats all but dropout. A step's gradient is that of the mean over all
 of its labels.
