@@ -54,6 +54,8 @@ def token_labels(name: str, labels: Tensor, batch: PackedBatch) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """Mean cross-entropy of `logits` `[N, C]` against `labels`, N of them, −100 ignored.
 
+    Where all are ignored it is 0, with zero gradients; transformers gives NaN there.
+
     Raises:
         TypeError: labels that are no integers.
         ValueError: not one label a row, or labels on another device.
@@ -70,7 +72,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tenso
         odd = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
         if odd.numel():
             raise IndexError(f"{name} holds {int(odd[0])}, outside 0 … {classes - 1} and not −100")
-    return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE)
+    return _mean_loss(logits.float(), labels.long())
+
+
+def _mean_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled rows; 0, with zero gradients, where there is none."""
+    total = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 def next_token_labels(labels: Tensor, batch: PackedBatch) -> Tensor:
@@ -147,7 +155,7 @@ def span_loss(
         inside = place < length
         inside &= real.gather(1, place.clamp(max=max(length - 1, 0))) if length else inside
         target = place.masked_fill(~inside, IGNORE).view(-1)
-        losses.append(F.cross_entropy(scores[..., i], target, ignore_index=IGNORE))
+        losses.append(_mean_loss(scores[..., i], target))
     return (losses[0] + losses[1]) / 2
 
 

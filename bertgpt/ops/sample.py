@@ -182,7 +182,8 @@ def _check_values(call: Call) -> None:
 def _run_kernel(kernels: Any, call: Call) -> Tensor:
     return kernels.sample(
         call["logits"], temperature=call["temperature"], top_k=call["top_k"], top_p=call["top_p"],
-        min_p=call["min_p"], seed=call["seed"], sequence_ids=call["sequence_ids"], steps=call["steps"],
+        min_p=call["min_p"], seed=call["seed"], sequence_ids=call["sequence_ids"],
+        steps=call["steps"],
     )  # fmt: skip
 
 
