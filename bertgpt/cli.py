@@ -1,4 +1,4 @@
-"""The `bertgpt` command: doctor, validate, bench, embed, generate, demo.
+"""The `bertgpt` command: doctor, validate, bench, embed, generate, finetune, predict, demo.
 
 A caller's mistake ends in one line that says what to do, without a traceback: exit code 2 for the
 command line itself, 1 for anything else. Libraries are imported by the command that needs them.
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bertgpt import bench
+from bertgpt.recipes import finetune_cli
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,8 @@ app = typer.Typer(
     help="Fused attention, GELU FFN and paged decoding for BERT and GPT-2.",
 )
 app.add_typer(bench.app, name="bench")
+app.command()(finetune_cli.finetune)
+app.command()(finetune_cli.predict)
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if any.")]
 
 
@@ -49,7 +52,7 @@ def validate(
     """Measure the error of every op, backend and dtype against the float64 reference."""
     from bertgpt import validate as validation
 
-    rows = validation.run(op=op, device=None if device is None else _device(device))
+    rows = validation.run(op=op, device=None if device is None else as_device(device))
     validation.print_table(rows)
     raise typer.Exit(0 if all(row.verdict != "FAIL" for row in rows) else 1)
 
@@ -86,7 +89,7 @@ def embed(
     from bertgpt.embedding import SentenceEncoder
 
     lines = _read_lines(file)
-    encoder = SentenceEncoder.from_folder(model, device=_device(device))
+    encoder = SentenceEncoder.from_folder(model, device=as_device(device))
     token_ids = encoder.tokenise(lines)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Embedding", total=len(lines))
@@ -131,7 +134,7 @@ def generate(
     ids = _parse_ids(prompt_ids) if tokenizer is None else tokenizer.encode(prompt).ids
     if not ids:
         raise ValueError("the prompt holds no token: give it some text")
-    gpt = GPT2LMHeadModel.from_pretrained(model).to(_device(device))
+    gpt = GPT2LMHeadModel.from_pretrained(model).to(as_device(device))
     (tokens,) = gpt.generate([ids], max_new_tokens, eos_token_id=stop_token)
     typer.echo(",".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens))
 
@@ -156,7 +159,7 @@ def _parse_ids(text: str | None) -> list[int]:
         raise typer.BadParameter(message, param_hint="--prompt-ids") from None
 
 
-def _device(name: str | None) -> str:
+def as_device(name: str | None) -> str:
     """A device that torch can use: the one named, or a GPU if there is one."""
     import torch
 

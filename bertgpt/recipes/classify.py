@@ -47,9 +47,9 @@ class Classifier(Recipe):
     metric = "accuracy"
     baseline_name = "the commonest class"
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, max_length)
-        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_truncation(self.max_length)
 
     @classmethod
     def labels(cls, examples: Sequence[Text]) -> list[str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 TABLES = (".csv", ".tsv", ".jsonl")
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -224,9 +223,11 @@ def _key(holder: Any, name: str, kind: type, where: str) -> Any:
 
 
 def _decode(path: Path) -> str:
-    """A file's text with every line end as \\n."""
+    """A file's text, every line end a line feed."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
+        raise FileNotFoundError(
+            f"{path} does not exist" if not path.exists() else f"{path} is no file"
+        )
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -260,11 +261,11 @@ def _read_folder(path: Path, labelled: bool) -> list[Text]:
 
 def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, columns) of each row; quotes mean something in .csv only."""
-    quoting = csv.QUOTE_NONE if path.suffix.lower() == ".tsv" else csv.QUOTE_MINIMAL
+    tabs = path.suffix.lower() == ".tsv"
     reader = csv.reader(
         io.StringIO(_decode(path), newline=""),
-        delimiter=_DELIMITERS[path.suffix.lower()],
-        quoting=quoting,
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=True,
     )
     header: list[str] | None = None

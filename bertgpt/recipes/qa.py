@@ -39,12 +39,13 @@ class Answerer(Recipe):
     """The span of a context that answers a question."""
 
     model_class = BertForQuestionAnswering
+    usual_length = 384  # a question needs the text around its answer
     metric = "f1"
     baseline_name = "the sentence that shares most words with the question"
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, max_length)
-        self.longest_question = max_length // 3
+        self.longest_question = self.max_length // 3
 
     @classmethod
     def labels(cls, examples: Sequence[Question]) -> None:

@@ -1,4 +1,4 @@
-"""What the fine-tuning recipes share: a model with a head, how it reads examples, and its batches."""
+"""What the recipes of fine-tuning share: a model with a head, and batches of encoded examples."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class Recipe:
     Args:
         model: a model of `model_class`, or one that takes and gives the same.
         tokenizer: one of the `tokenizers` library, without padding and truncation.
-        max_length: longest sequence in tokens.
+        max_length: longest sequence in tokens; by default `usual_length`, or the model's positions
+            if those are fewer.
 
     Attributes:
         model_class: the model with the head that is wanted.
+        usual_length: longest sequence where nothing else is said, in tokens.
         metric: the figure that says how good predictions are, one of `evaluate`'s.
         baseline_name: what `baseline` does, in words.
 
@@ -34,11 +36,14 @@ class Recipe:
     """
 
     model_class: ClassVar[type[BertPreTrainedModel]]
+    usual_length: ClassVar[int] = 128
     metric: ClassVar[str]
     baseline_name: ClassVar[str]
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
         positions = model.config.max_position_embeddings
+        if max_length is None:
+            max_length = min(self.usual_length, positions)
         if not min(_LEAST, positions) <= max_length <= positions:
             raise ValueError(
                 f"max_length must lie between {min(_LEAST, positions)} and the model's {positions} "

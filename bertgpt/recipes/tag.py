@@ -26,9 +26,9 @@ class Tagger(Recipe):
     metric = "span_f1"
     baseline_name = "each word's commonest tag, O where it is new"
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, max_length)
-        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_truncation(self.max_length)
 
     @classmethod
     def labels(cls, examples: Sequence[Sentence]) -> list[str]:
