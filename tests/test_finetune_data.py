@@ -83,7 +83,7 @@ def test_a_wrong_table_is_named(tmp_path, case):
 
 
 def test_a_folder_without_texts_is_named(tmp_path):
-    with pytest.raises(ValueError, match="a folder of .*files for each class"):
+    with pytest.raises(ValueError, match=r"a folder of .*files for each class"):
         read_texts(tmp_path)
 
 

@@ -70,16 +70,10 @@ class Tagger(Recipe):
                     begins = word is not None and word != last
                     places.append(word if begins else None)
                     last = last if word is None else word
-                target = [IGNORE if w is None else known[example.tags[w]] for w in places]
-                items.append(
-                    Item(
-                        window.ids,
-                        window.type_ids,
-                        target if example.tags else None,
-                        i,
-                        tuple(places),
-                    )
-                )
+                target = None
+                if example.tags:
+                    target = [IGNORE if w is None else known[example.tags[w]] for w in places]
+                items.append(Item(window.ids, window.type_ids, target, i, tuple(places)))
         return items
 
     def targets(self, items: Sequence[Item]) -> tuple[dict[str, Tensor], int]:
