@@ -1,4 +1,4 @@
-"""The `bertgpt` command: doctor, validate, bench, embed, generate, finetune, predict, demo.
+"""The `bertgpt` command: doctor, validate, bench, pretrain, finetune, predict, embed, generate, …
 
 A caller's mistake ends in one line that says what to do, without a traceback: exit code 2 for the
 command line itself, 1 for anything else. Libraries are imported by the command that needs them.
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bertgpt import bench
+from bertgpt.recipes import cli as recipes
 from bertgpt.recipes import finetune_cli
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Fused attention, GELU FFN and paged decoding for BERT and GPT-2.",
 )
 app.add_typer(bench.app, name="bench")
+app.command()(recipes.pretrain)
 app.command()(finetune_cli.finetune)
 app.command()(finetune_cli.predict)
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if any.")]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from bertgpt import generation, objectives
 from bertgpt.configuration import require
-from bertgpt.door import leave
 from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
 from bertgpt.outputs import LogitsOutput
 from bertgpt.packing import PackedBatch, pad
+from bertgpt.vocabulary import score
 
 __all__ = [
     "GPT2Config",
@@ -64,6 +64,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool = False,
     ) -> Any:
         """Scores `[B, L, V]` (packed: `[T, V]`); the other arguments are `GPT2Model`'s.
 
@@ -84,10 +85,11 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             output_attentions: refused when True.
             output_hidden_states: also return every layer's output.
             return_dict: False for a tuple.
+            skip_logits: give the loss alone, whose scores are then never whole in memory.
 
         Raises:
-            ValueError: as in `GPT2Model.forward`, or `logits_to_keep` beside labels or a
-                `PackedBatch`.
+            ValueError: as in `GPT2Model.forward`; `logits_to_keep` beside labels or a
+                `PackedBatch`; `skip_logits` without labels.
         """
         run = self.transformer.run(
             (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
@@ -99,14 +101,16 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             output_attentions=output_attentions,
         )
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            if labels is not None or run.batch.grid is None:
+            if labels is not None or skip_logits or run.batch.grid is None:
                 raise ValueError("logits_to_keep goes with a padded batch and no labels")
             last = isinstance(logits_to_keep, int)
             columns = slice(-logits_to_keep, None) if last else logits_to_keep
             logits, loss = self.lm_head(pad(run.last, run.batch)[:, columns]), None
         else:
-            packed = self.lm_head(run.last)
-            logits, loss = leave(packed, run.batch), _next_token_loss(packed, labels, run.batch)
+            if labels is not None:
+                labels = objectives.token_labels("labels", labels, run.batch)
+                labels = objectives.next_token_labels(labels, run.batch)
+            logits, loss = score(run.last, self.lm_head, labels, run.batch, skip_logits)
         output = LogitsOutput(loss=loss, logits=logits, hidden_states=run.every_layer)
         return self._finish(output, return_dict)
 
@@ -134,13 +138,6 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
         )
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
-    if labels is None:
-        return None
-    labels = objectives.token_labels("labels", labels, batch)
-    return objectives.next_token_loss(logits, labels, batch)
 
 
 class GPT2ForSequenceClassification(GPT2PreTrainedModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -128,6 +129,7 @@ def fit(
     """
     items = recipe.encode(training)
     recipe.encode(held)  # a label that the model does not know is found before the work
+    recipe.model.to(_device(settings))
     before = {} if resume else recipe.evaluate(held)
     result = train(
         Task(recipe.model, recipe.collate), items, settings, resume=resume, console=console
@@ -135,6 +137,13 @@ def fit(
     recipe.model = result.model
     after = recipe.evaluate(held)
     return Report(len(training), len(held), recipe.baseline(training, held), before, after)
+
+
+def _device(settings: Settings) -> torch.device:
+    """Where this rank's model is going to be trained."""
+    if settings.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def finetune(
@@ -177,15 +186,16 @@ def finetune(
     training, held = hold_out(examples, held_out, settings.seed)
     recipe = new_recipe(task, folder, examples, max_length, settings.seed)
     report = fit(recipe, training, held, settings, resume=resume, console=console)
-    copy_tokenizer(folder, settings.output)
-    facts = {
-        "task": task,
-        "columns": asdict(columns),
-        "max_length": recipe.max_length,
-        "threshold": threshold,
-        **asdict(report),
-    }
-    (settings.output / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    if os.environ.get("RANK", "0") == "0":
+        copy_tokenizer(folder, settings.output)
+        facts = {
+            "task": task,
+            "columns": asdict(columns),
+            "max_length": recipe.max_length,
+            "threshold": threshold,
+            **asdict(report),
+        }
+        (settings.output / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     return recipe, report, held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from bertgpt.recipes import cli
 
 if TYPE_CHECKING:
     from bertgpt.recipes.finetune import Report
@@ -40,7 +43,7 @@ def finetune(
     data: Annotated[
         Path, typer.Option(help="Labelled data: see docs/finetuning.md for each task's format.")
     ],
-    output: Annotated[Path, typer.Option(help="New folder for the model and its figures.")],
+    output: cli.Output,
     text: Annotated[
         str | None, typer.Option(help="Column of the text; by default text, for pairs sentence1.")
     ] = None,
@@ -51,18 +54,21 @@ def finetune(
     max_length: Annotated[
         int | None, typer.Option(help="Longest sequence in tokens; by default 128, for qa 384.")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(help="Examples of one step.")] = 16,
-    accumulation: Annotated[int, typer.Option(help="Parts a step is computed in.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 2e-4,
-    precision: Annotated[str, typer.Option(help="no (float32), bf16 or fp16.")] = "no",
+    learning_rate: cli.LearningRate = 2e-4,
+    warmup: cli.Warmup = 0.1,
+    weight_decay: cli.WeightDecay = 0.01,
+    clip_norm: cli.ClipNorm = 1.0,
+    batch_size: cli.BatchSize = 16,
+    accumulation: cli.Accumulation = 1,
+    epochs: cli.Epochs = 3.0,
+    max_steps: cli.MaxSteps = None,
+    precision: cli.Precision = "no",
     held_out: Annotated[float, typer.Option(help="Share of the data to measure on.")] = 0.2,
     threshold: Threshold = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the head, the order, dropout.")] = 0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
-    ] = False,
+    seed: cli.Seed = 0,
+    checkpoint_every: cli.CheckpointEvery = 100,
+    resume: cli.Resume = False,
+    cpu: cli.Cpu = False,
 ) -> None:
     """Fine-tune a BERT on labelled data, and measure it on a part that is held out."""
     pair = task is TaskName.PAIR
@@ -77,38 +83,45 @@ def finetune(
     settings = Settings(
         output,
         learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
         batch_size=batch_size,
         accumulation=accumulation,
         epochs=epochs,
+        max_steps=max_steps,
         precision=precision,
         seed=seed,
+        checkpoint_every=checkpoint_every,
         cpu=cpu,
     )
-    recipe, report, held = recipes.finetune(
-        task.value,
-        model,
-        data,
-        settings,
-        columns=recipes.Columns(
-            text or ("sentence1" if pair else "text"),
-            (second or "sentence2") if pair else None,
-            label,
-        ),
-        max_length=max_length,
-        held_out=held_out,
-        threshold=threshold,
-        resume=resume,
-        console=Console(stderr=True),
+    columns = recipes.Columns(
+        text or ("sentence1" if pair else "text"),
+        (second or "sentence2") if pair else None,
+        label,
     )
-    console = Console()
-    console.print(_table(report, recipe.baseline_name))
-    if threshold is not None and isinstance(recipe, Classifier):
-        kept = recipe.hand_on(held, threshold)
-        console.print(
-            f"At confidence {threshold} and more: {kept.kept} predictions, {kept.accuracy:.1%} of "
-            f"them right; {kept.handed_on} handed on"
+    with cli.stopping():
+        recipe, report, held = recipes.finetune(
+            task.value,
+            model,
+            data,
+            settings,
+            columns=columns,
+            max_length=max_length,
+            held_out=held_out,
+            threshold=threshold,
+            resume=resume,
+            console=cli.console(),
         )
-    console.print(f"{output}: the model; `bertgpt predict {output} FILE` uses it", soft_wrap=True)
+    screen = Console(soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+    screen.print(_table(report, recipe.baseline_name))
+    if threshold is not None and isinstance(recipe, Classifier):
+        handed = recipe.hand_on(held, threshold)
+        screen.print(
+            f"At confidence {threshold} and more: {handed.kept} predictions, {handed.accuracy:.1%} "
+            f"of them right; {handed.handed_on} handed on"
+        )
+    screen.print(f"{output}: the model; `bertgpt predict {output} FILE` uses it")
 
 
 def predict(
