@@ -1,4 +1,4 @@
-"""The `bertgpt` command: doctor, validate, bench, pretrain, finetune, predict, embed, generate, …
+"""The `bertgpt` command: every subcommand, and how a mistake of the caller ends.
 
 A caller's mistake ends in one line that says what to do, without a traceback: exit code 2 for the
 command line itself, 1 for anything else. Libraries are imported by the command that needs them.
