@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,9 +90,13 @@ def questions(file: Path | None) -> list[Question]:
 
 def examples_of(name: str, squad: Path | None) -> tuple[list[Any], list[Any]]:
     """Examples of a contest, to train on and held out; the same at every call."""
-    readers = {"topics": news, "sentiment": tweets, "tags": tagged_tweets}
-    everything: list[Any] = list(readers[name]() if name in readers else questions(squad))
-    training, held = hold_out(everything, 0.2, seed=0)
+    readers: dict[str, Callable[[], list[Any]]] = {
+        "topics": news,
+        "sentiment": tweets,
+        "tags": tagged_tweets,
+        "answers": lambda: questions(squad),
+    }
+    training, held = hold_out(readers[name](), 0.2, seed=0)
     contest = CONTESTS[name]
     return _some(training, contest.training), _some(held, contest.held_out)
 
