@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from bertgpt.bert import BertConfig
 from bertgpt.objectives import IGNORE
 from bertgpt.outputs import LogitsOutput, QuestionAnsweringOutput
 from bertgpt.packing import PackedBatch, pad
@@ -18,16 +19,16 @@ from bertgpt.recipes.recipe import Recipe
 class StockModel(nn.Module):
     """A stock model that takes a `PackedBatch`: it is padded on the right, as tokenizers do.
 
-    Args:
-        ours: the model whose weights it starts from; it runs its default attention (SDPA).
+    Attributes:
+        kind: its class in transformers, set by a subclass; it runs its default attention.
     """
 
-    def __init__(self, ours: Any) -> None:
+    kind: ClassVar[Any]
+
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        kind = getattr(transformers, type(ours).__name__)
-        self.stock = kind(transformers.BertConfig(**ours.config.to_dict()))
-        self.stock.load_state_dict(ours.state_dict())
-        self.config = ours.config
+        self.stock = self.kind(transformers.BertConfig(**config.to_dict()))
+        self.config = config
 
     @property
     def device(self) -> torch.device:
@@ -61,4 +62,8 @@ class StockModel(nn.Module):
 
 def make_stock(recipe: Recipe) -> None:
     """Puts a stock model with the same weights in the place of a recipe's own."""
-    recipe.model = StockModel(recipe.model)
+    ours = recipe.model
+    name = type(ours).__name__
+    stock = type(f"Stock{name}", (StockModel,), {"kind": getattr(transformers, name)})(ours.config)
+    stock.stock.load_state_dict(ours.state_dict())
+    recipe.model = stock

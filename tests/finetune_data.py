@@ -29,8 +29,8 @@ def tiny_bert(folder: Path) -> Path:
     return folder
 
 
-def _filler(draw: random.Random, least: int = 3) -> list[str]:
-    return draw.choices(FILLER, k=draw.randint(least, 8))
+def _filler(draw: random.Random) -> list[str]:
+    return draw.choices(FILLER, k=draw.randint(3, 8))
 
 
 def write_topics(path: Path, count: int = 100) -> Path:
@@ -72,13 +72,14 @@ def write_tags(path: Path, count: int = 100) -> Path:
     return path
 
 
-def write_questions(path: Path, count: int = 100, least: int = 3) -> Path:
-    """Questions answered by the one place in the text; an article each."""
+def write_questions(path: Path, count: int = 100, equal: bool = False) -> Path:
+    """Questions answered by the one place in the text; an article each, maybe `equal` in length."""
     draw = random.Random(0)
     articles = []
     for i in range(count):
-        place = draw.choice(PLACES)
-        context = " ".join([*_filler(draw, least), place, *_filler(draw), "."])
+        place = draw.choice(PLACES[:2] if equal else PLACES)
+        parts = [draw.choices(FILLER, k=4) if equal else _filler(draw) for _ in range(2)]
+        context = " ".join([*parts[0], place, *parts[1], "."])
         answer = {"text": place, "answer_start": context.index(place)}
         entry = {"id": f"q{i}", "question": "where was the team ?", "answers": [answer]}
         paragraph = {"context": context, "qas": [entry]}
