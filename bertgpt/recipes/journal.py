@@ -28,7 +28,7 @@ class Journal:
         self, folder: Path, done: int, total: int, console: Console | None, active: bool
     ) -> None:
         self.folder, self.active = folder, active
-        self.lines = _read(folder / LOG)[:done] if done else []
+        self.lines = _read(folder / LOG, done)
         if active:
             partial = folder / f".{LOG}.partial"
             partial.write_text("".join(f"{json.dumps(line)}\n" for line in self.lines), "utf-8")
@@ -86,7 +86,8 @@ class Journal:
         figure.savefig(self.folder / CURVE, dpi=120)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path, count: int) -> list[dict[str, Any]]:
+    """The first lines of a log; what follows them may be cut off anywhere."""
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()[:count]]

@@ -94,7 +94,6 @@ def train(
     run = _Run(task, examples, settings, resume)
     before = {} if resume else run.evaluate(held_out)
     log = run.train(console)
-    after = run.evaluate(held_out)
     model = run.whole_model()
     if run.main:
         model.save_pretrained(settings.output)
@@ -102,7 +101,7 @@ def train(
             copy_tokenizer(tokenizer, settings.output)
         (settings.output / state.FILE).unlink(missing_ok=True)
     run.accelerator.wait_for_everyone()
-    return Result(model, log, before, after)
+    return Result(model, log, before, run.evaluate(held_out))
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -318,7 +317,24 @@ def _accelerator(settings: Settings) -> Any:
     except ModuleNotFoundError as missing:
         message = "training needs accelerate: pip install 'bertgpt[train]'"
         raise ModuleNotFoundError(message, name="accelerate") from missing
-    return Accelerator(cpu=settings.cpu, mixed_precision=settings.precision)
+    accelerator = Accelerator(cpu=settings.cpu, mixed_precision=settings.precision)
+    _prepare_sharding(getattr(accelerator.state, "fsdp_plugin", None))
+    return accelerator
+
+
+def _prepare_sharding(plugin: Any) -> None:
+    """Makes an FSDP plugin, if there is one, fit these models.
+
+    Raises:
+        ValueError: it asks for FSDP's first version.
+    """
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError("weights are sharded by FSDP2 here: launch with --fsdp_version 2")
+    # It would read the weights back by state_dict's names, which are not the parameters' here;
+    # and every rank has them already.
+    plugin.cpu_ram_efficient_loading = False
 
 
 @contextmanager

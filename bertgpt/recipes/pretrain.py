@@ -72,7 +72,7 @@ class BertPretraining(Task):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Mean losses of masked words and of next sentences."""
-        output = self.model(batch.tokens, **batch.labels, return_dict=True)
+        output = self.model(batch.tokens, **batch.labels, return_dict=True, skip_logits=True)
         following = batch.labels["next_sentence_label"]
         pairs = cross_entropy(output.seq_relationship_logits, following)
         return {"masked_lm": output.loss - pairs, "next_sentence": pairs}
@@ -196,7 +196,7 @@ class GptPretraining(Task):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Mean loss of next words."""
-        output = self.model(batch.tokens, **batch.labels, return_dict=True)
+        output = self.model(batch.tokens, **batch.labels, return_dict=True, skip_logits=True)
         return {"next_word": output.loss}
 
 

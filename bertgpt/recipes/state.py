@@ -93,14 +93,13 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     file = folder / FILE
     with safe_open(file, "pt") as stored:
         names = set(stored.keys())
-        for name, weight in model.named_parameters():
-            key = f"model.{name}"
-            shape = stored.get_slice(key).get_shape() if key in names else None
-            if shape != list(weight.shape):
-                held = "none" if shape is None else f"shape {shape}"
+        there = {n: stored.get_slice(n).get_shape() for n in names if n.startswith("model.")}
+        here = {f"model.{name}": list(weight.shape) for name, weight in model.named_parameters()}
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
                 raise ValueError(
-                    f"{file} is of another model: {name} has shape {list(weight.shape)} here, "
-                    f"{held} there"
+                    f"{file} is of another shape: {name.removeprefix('model.')} is "
+                    f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
                 )
         for name, weight in model.named_parameters():
             if f"exp_avg.{name}" in names:
