@@ -361,33 +361,6 @@ def test_a_seed_is_drawn_once_for_both_directions(tiles):
     assert_bitwise(torch.autograd.grad(out.sum(), v)[0], first[0])
 
 
-def test_a_masks_gradient_is_refused_in_words():
-    q, k, v = qkv()
-    mask = additive(20, 37).requires_grad_()
-    told = ops.explain("attention", q, k, v, mask=mask)
-    assert "no gradient for a mask" in told.refusals["triton"]
-    assert told.backend == "torch"
-    with pytest.raises(BackendUnavailable, match="no gradient for a mask"):
-        ops.attention(q, k, v, mask=mask, backend="triton")
-    with torch.no_grad():
-        ops.attention(q, k, v, mask=mask, backend="triton")
-
-
-def test_a_masks_gradient_is_right_where_a_graph_hid_who_asks_for_it():
-    """As in a compiled graph, whose forward pass runs on tensors that ask for nothing."""
-    q, k, v = qkv()
-    mask, grad_out = randn(20, 37, seed=5), randn(*q.shape, seed=9)
-    call = OPS["attention"].check(q, k, v, mask=mask, backend="triton")
-    values = [{**call, "return_stats": True}[field] for field in OPS["attention"].fields]
-    out, _, stats = torch.ops.bertgpt.attention(*values)
-    found = torch.ops.bertgpt.attention_backward([grad_out], [out, stats], [True] * 4, *values)
-    inputs = [x.requires_grad_() for x in (q, k, v, mask)]
-    expected = torch.autograd.grad(ops.attention(q, k, v, mask=mask), inputs, grad_out)
-    for a, b in zip(found[:3], expected, strict=False):
-        torch.testing.assert_close(a, b)
-    torch.testing.assert_close(found[3].sum(1)[0], expected[3])
-
-
 def test_configs_are_powers_of_two_for_every_machine():
     for gradient, capability, dim, size, extra, aligned in product(
         ("dq", "dkdv"), (80, 86, 89, 90, 100, 103, 120, 121), range(1, 257), (2, 4),

@@ -1,9 +1,9 @@
 """One autograd rule per op: its backward operator runs on the backend that ran the forward pass.
 
 The backward pass is an operator of its own, `<op>_backward`, so a compiled graph holds one opaque
-call. Where the backend brings a gradient (`Backend.backward`), that runs; where it does not, the
-forward pass is computed again on `torch` (or `reference`, where that was asked for) and
-differentiated. Saved are the inputs, and those outputs that a gradient asks for.
+call. Where the backend brings a gradient (`Backend.backward`), that runs; where it does not, or not
+for this call, the forward pass is computed again on `torch` (or `reference`, where that was asked
+for) and differentiated. Saved are the inputs, and those outputs that a gradient asks for.
 """
 
 from __future__ import annotations

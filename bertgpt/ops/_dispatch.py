@@ -66,12 +66,12 @@ class Backend:
             run, or None.
         backward: Takes the outputs' gradients, the outputs that were saved, the names of the inputs
             to differentiate by, and the checked arguments by keyword; returns the gradients by
-            name. None where it has no gradient of its own.
+            name, or None for a call that it does not do. None where it has no gradient of its own.
     """
 
     run: Callable[..., Any]
     refusal: Callable[..., str | None] = lambda **call: None
-    backward: Callable[..., Mapping[str, torch.Tensor]] | None = None
+    backward: Callable[..., Mapping[str, torch.Tensor] | None] | None = None
 
 
 def triton_backend(

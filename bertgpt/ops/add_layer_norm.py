@@ -20,6 +20,7 @@ from bertgpt.ops._dispatch import (
     needs_grad,
     triton_backend,
 )
+from bertgpt.portable.add_layer_norm import add_layer_norm_backward
 
 
 def add_layer_norm(
@@ -118,6 +119,18 @@ def _run_kernel(kernels: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
     return kernels.add_layer_norm(**call)
 
 
+def _differentiate_torch(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_sum: bool,
+    **call: Any,
+) -> dict[str, Tensor]:
+    grad_y, grad_sum = grads
+    return add_layer_norm_backward(grad_y, grad_sum if return_sum else None, names, **call)
+
+
 def _differentiate_triton(
     kernels: Any,
     grads: Sequence[Tensor],
@@ -144,7 +157,9 @@ _OP = Op(
     backends={
         "cuda": cuda_backend("add_layer_norm", _run_kernel),
         "triton": triton_backend("add_layer_norm", _run_kernel, _differentiate_triton),
-        "torch": Backend(lambda **call: _run(portable.add_layer_norm, **call)),
+        "torch": Backend(
+            lambda **call: _run(portable.add_layer_norm, **call), backward=_differentiate_torch
+        ),
         "reference": Backend(lambda **call: _run(reference.add_layer_norm, **call)),
     },
     fake=_fake,
