@@ -29,9 +29,9 @@ def test_a_table_with_quotes_and_line_ends_inside(tmp_path):
 
 
 def test_quotes_mean_nothing_between_tabs(tmp_path):
-    file = written(tmp_path, "a.tsv", 'kind\ttext\nx\tsay "a\ny\tb\n')
+    file = written(tmp_path, "a.tsv", 'kind\ttext\nx\t"say a\ny\tb\n')
     assert [(t.text, t.label) for t in read_texts(file, label="kind")] == [
-        ('say "a', "x"),
+        ('"say a', "x"),
         ("b", "y"),
     ]
 
@@ -171,6 +171,11 @@ def test_a_split_is_stratified_and_seeded():
     assert [sum(t.label == label for t in held) for label in "ab"] == [16, 4]
     assert hold_out(given_, 0.2, seed=3) == (training, held)
     assert hold_out(given_, 0.2, seed=4)[1] != held
+
+
+def test_a_text_that_comes_often_counts_once():
+    given_ = texts([("t", "a")] * 90 + [(f"t{i}", "a") for i in range(9)])
+    assert len({t.text for t in hold_out(given_, 0.2, seed=0)[1]}) == 2
 
 
 @pytest.mark.parametrize("count", [1, 2])
