@@ -1,5 +1,6 @@
 """`bertgpt pretrain`: text in, a folder that stock transformers loads out; and what it refuses."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from bertgpt.objectives import IGNORE
 from bertgpt.recipes import loop, state
 from bertgpt.recipes.pretrain import BertPretraining, PairBatches, Size
 from bertgpt.recipes.settings import Settings
-from bertgpt.recipes.text import Document, hold_out, read_documents
+from bertgpt.recipes.text import Document, copy_tokenizer, hold_out, read_documents
 from bertgpt.text import load_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -40,8 +41,8 @@ def bpe(tmp_path) -> Path:
     maker = ByteLevelBPETokenizer()
     special = ["<|endoftext|>"]
     maker.train_from_iterator(WORDS, vocab_size=300, special_tokens=special, show_progress=False)
-    maker.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
+    maker.save(str(tmp_path / "words.json"))
+    return tmp_path / "words.json"
 
 
 @pytest.fixture
@@ -190,6 +191,14 @@ def test_text_that_makes_no_pairs_is_named(run, wordpiece, tmp_path):
     assert "next-sentence pairs need two documents of two sentences; 2 of 2 are shorter" in said
 
 
+def test_a_tokenizers_one_file_gets_the_name_that_is_looked_for(wordpiece, tmp_path):
+    alone = (wordpiece / "vocab.txt").rename(tmp_path / "words.txt")
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(alone, tmp_path / "out")
+    ids = load_tokenizer(tmp_path / "out").encode("the bank").ids
+    assert ids == load_tokenizer(alone).encode("the bank").ids == [2, 5, 6, 3]
+
+
 def test_documents_have_paragraphs(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffOne\r\nline.\r\n\r\n \r\nTwo.\n\n\n".encode())
     (document,) = read_documents(tmp_path)
@@ -269,3 +278,17 @@ def test_small_models_learn_real_news_as_stock_does(tmp_path):
     assert train_pretrain_cpu.verdict(
         {"ours": {**worse, "before": {"loss": 5.0}}, "stock": {**worse}}
     ) == ["the held-out loss did not fall"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_the_figures_in_the_docs_are_those_of_the_results_file(kind):
+    found = json.loads((train_pretrain_cpu.RESULTS / f"pretrain_{kind}_cpu.json").read_text())
+    assert train_pretrain_cpu.verdict(found) == []
+    page = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text()
+    model = {"bert": "BERT", "gpt": "GPT-2"}[kind]
+    rows = [row for row in page.splitlines() if row.startswith(f"| {model} | ")]
+    names = [name for name in found["ours"]["after"] if name != "loss"] or ["loss"]
+    figures = (found["ours"]["before"], found["ours"]["after"], found["stock"]["after"])
+    for row, name in zip(rows, names, strict=True):
+        assert f"| {found['settings']['max_steps']} |" in row
+        assert row.endswith("| " + " | ".join(f"{side[name]:.3f}" for side in figures) + " |")

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from bertgpt.recipes.settings import Settings
 from bertgpt.recipes.task import Batch, Task
 from bertgpt.recipes.text import copy_tokenizer
 
-# Settings that a run must keep when it is resumed: others change no number.
+# Settings that a run must keep when it is resumed: others change its rounding at most.
 _KEPT = ("learning_rate", "warmup", "weight_decay", "clip_norm", "batch_size", "precision", "seed")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -138,6 +139,9 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
         if resume:
             state.load(settings.output, task.model, self.optimizer.optimizer)
+            if self.accelerator.scaler is not None:
+                scale = state.read_facts(settings.output)["scale"]
+                self.accelerator.scaler.load_state_dict(scale)
         self.accelerator.wait_for_everyone()  # all have seen the folder as it was
         if self.main:
             settings.output.mkdir(parents=True, exist_ok=True)
@@ -160,15 +164,15 @@ class _Run:
 
     def train(self, console: Console | None) -> list[dict[str, Any]]:
         """All steps that are left."""
-        folder, every = self.settings.output, self.settings.checkpoint_every
-        with (
-            Journal(folder, self.done, self.total, console, self.main) as journal,
-            _signals() as came,
-        ):
+        every = self.settings.checkpoint_every
+        journal = Journal(self.settings.output, self.done, self.total, console, self.main)
+        with journal, _signals() as came, ThreadPoolExecutor(1) as ahead:
             self.model.train()
+            coming = ahead.submit(self._batches, self.done)
             for step in range(self.done, self.total):
                 start = time.perf_counter()
-                batches = self._batches(step)
+                batches = [batch.to(self.accelerator.device) for batch in coming.result()]
+                coming = ahead.submit(self._batches, step + 1)  # made while this step runs
                 totals, stop = self._agree(batches, came)
                 if stop:
                     raise self._interrupted(step, stop)
@@ -181,13 +185,13 @@ class _Run:
             return journal.lines
 
     def _batches(self, step: int) -> list[Batch]:
-        """This rank's parts of a step."""
+        """This rank's parts of a step, on the CPU."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         batches = []
         for part in range(rank, self.parts, ranks):
             items = self.order.step(step, part, self.parts)
             chosen, seeds = [self.examples[i] for i, _ in items], [seed for _, seed in items]
-            batches.append(self.task.collate(chosen, seeds).to(self.accelerator.device))
+            batches.append(self.task.collate(chosen, seeds))
         return batches
 
     def _agree(self, batches: list[Batch], came: list[int]) -> tuple[dict[str, int], int]:
@@ -249,7 +253,9 @@ class _Run:
         return dict(zip(sums, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
 
     def _save(self, done: int) -> Path:
-        facts = {**self.facts, "done": done, **_scale(self.accelerator.scaler)}
+        scaler = self.accelerator.scaler  # of fp16's gradients
+        scale = None if scaler is None else scaler.state_dict()
+        facts = {**self.facts, "done": done, "scale": scale}
         inner = self.optimizer.optimizer
         return state.save(self.settings.output, self.task.model, inner, facts, self.main)
 
@@ -305,10 +311,6 @@ def _weighted(
         name: mean * (counts[name] / totals[name]) if counts[name] else 0.0 * mean.nan_to_num()
         for name, mean in means.items()
     }
-
-
-def _scale(scaler: Any) -> dict[str, Any]:
-    return {} if scaler is None else {"scaler": scaler.state_dict()}
 
 
 def _accelerator(settings: Settings) -> Any:

@@ -110,7 +110,9 @@ def hold_out(
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a tokenizer's files, from its folder or its one file, beside a model."""
-    files = [source / name for name in _TOKENIZER_FILES] if source.is_dir() else [source]
-    for file in files:
+    files = {name: source / name for name in _TOKENIZER_FILES}
+    if not source.is_dir():  # as `text.load_tokenizer` tells them apart
+        files = {"vocab.txt" if source.suffix == ".txt" else "tokenizer.json": source}
+    for name, file in files.items():
         if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / name)
