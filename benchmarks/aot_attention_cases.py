@@ -161,15 +161,14 @@ def _attention_dmask(
 
 def _attention_dmask_cases() -> Iterator[Case]:
     per_pair, per_key = (1, 12, 512, 512), (32, 1, 1, 512)
-    everything = {"causal": True, "lengths": True, "dropout": True, "kv_heads": 3}
+    others: dict[str, Any] = {"causal": True, "lengths": True, "dropout": True, "kv_heads": 3}
     sizes = (*product((64, 128, 256), (BF16, FP32)), (31, BF16), (255, BF16))
     variants: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
         ("mask of pairs", dim, dtype, {"shape": per_pair}) for dim, dtype in sizes
     ]
     variants.append(("mask of keys", 64, BF16, {"shape": per_key}))
     for dim in (64, 128, 256):
-        options = {"shape": per_pair, **everything}
-        variants.append(("mask of pairs, all others", dim, BF16, options))
+        variants.append(("mask of pairs, all others", dim, BF16, {"shape": per_pair, **others}))
     for name, dim, dtype, options in variants:
         matrix = WIDE_MMA if dim in (64, 128) else NARROW_MMA
         call = partial(_attention_dmask, dim=dim, dtype=dtype, **options)

@@ -38,8 +38,15 @@ _EXPORTS = {
     "GPT2Model": "bertgpt.gpt",
     "GPT2LMHeadModel": "bertgpt.gpt",
     "GPT2ForSequenceClassification": "bertgpt.gpt",
+    "OpenAIGPTConfig": "bertgpt.openai_gpt",
+    "OpenAIGPTModel": "bertgpt.openai_gpt",
+    "OpenAIGPTLMHeadModel": "bertgpt.openai_gpt",
+    "GPTNeoConfig": "bertgpt.gpt_neo",
+    "GPTNeoModel": "bertgpt.gpt_neo",
+    "GPTNeoForCausalLM": "bertgpt.gpt_neo",
     "PagedKVCache": "bertgpt.kv_cache",
     "OutOfPages": "bertgpt.kv_cache",
+    "DecodeBatch": "bertgpt.decode_batch",
 }
 _MODULES = ("ops", "reference", "kernels")
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bertgpt import bench
+from bertgpt import bench, generate_command
 from bertgpt.recipes import cli as recipes
 from bertgpt.recipes import finetune_cli
 
@@ -29,6 +29,7 @@ app.add_typer(bench.app, name="bench")
 app.command()(recipes.pretrain)
 app.command()(finetune_cli.finetune)
 app.command()(finetune_cli.predict)
+app.command()(generate_command.generate)
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if any.")]
 
 
@@ -115,32 +116,6 @@ def embed(
         typer.echo(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers", err=True)
 
 
-@app.command()
-def generate(
-    model: Annotated[Path, _folder("Folder of a GPT-2 checkpoint.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; needs a tokenizer.")] = None,
-    prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue, as 1,2,3.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    stop_token: Annotated[
-        int | None, typer.Option(help="Id to stop at; by default the config's eos_token_id.")
-    ] = None,
-    device: Device = None,
-) -> None:
-    """Continue a prompt greedily on a paged KV cache; prints text for text, ids for ids."""
-    if (prompt is None) == (prompt_ids is None):
-        raise typer.BadParameter("give one of --prompt and --prompt-ids")
-    from bertgpt.gpt import GPT2LMHeadModel
-    from bertgpt.text import load_tokenizer
-
-    tokenizer = None if prompt is None else load_tokenizer(model)
-    ids = _parse_ids(prompt_ids) if tokenizer is None else tokenizer.encode(prompt).ids
-    if not ids:
-        raise ValueError("the prompt holds no token: give it some text")
-    gpt = GPT2LMHeadModel.from_pretrained(model).to(as_device(device))
-    (tokens,) = gpt.generate([ids], max_new_tokens, eos_token_id=stop_token)
-    typer.echo(",".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens))
-
-
 def _read_lines(file: Path) -> list[str]:
     """The file's lines; an empty line is a text too, so that vectors and lines keep step."""
     try:
@@ -151,14 +126,6 @@ def _read_lines(file: Path) -> list[str]:
     if not lines:
         raise ValueError(f"{file} holds no text: put one text on each line")
     return lines
-
-
-def _parse_ids(text: str | None) -> list[int]:
-    try:
-        return [int(part) for part in (text or "").split(",")]
-    except ValueError:
-        message = f"{text!r} is no list of token ids such as 1,2,3"
-        raise typer.BadParameter(message, param_hint="--prompt-ids") from None
 
 
 def as_device(name: str | None) -> str:

@@ -36,7 +36,6 @@ from bertgpt.kernels.primitives import (
     sequence_spans,
 )
 
-
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
 # BLOCK_D: the largest tiles that compile without a spill.
 # fmt: off

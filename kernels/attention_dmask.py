@@ -26,9 +26,11 @@ from bertgpt.kernels.primitives import query_tiles, score_gradients, sequence_sp
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by the largest BLOCK_D: the largest tiles that compile
 # without a spill.
-_HALF = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)}
-_OTHERS = {**_HALF, 128: (32, 64, 8, 2)}
-_UNALIGNED = {32: (16, 16, 4, 1), 256: (16, 16, 16, 1)}
+_HOPPER = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)}
+_BLACKWELL = {**_HOPPER, 256: (32, 32, 8, 2)}
+_OTHERS = {**_HOPPER, 128: (32, 64, 8, 2)}
+_UNALIGNED = {256: (16, 16, 8, 1)}
+_UNALIGNED_CHUNK = 32
 _FLOAT32 = {64: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
 
 
@@ -38,11 +40,11 @@ def pick_config(capability: int, head_dim: int, dtype_bytes: int, aligned: bool)
     `aligned` says that rows are multiples of 16 bytes. Lengths and batch play no part.
     """
     if not aligned:
-        table = _UNALIGNED  # loads of single elements, one pointer each
+        table = _UNALIGNED  # loads of single elements, one pointer each: D in chunks
     elif dtype_bytes == 4:
         table = _FLOAT32  # products without tensor cores
     else:
-        table = _HALF if capability // 10 in (9, 10) else _OTHERS
+        table = {9: _HOPPER, 10: _BLACKWELL}.get(capability // 10, _OTHERS)
     return Config(*table[min(d for d in table if head_dim <= d)])
 
 
@@ -62,7 +64,8 @@ def _attention_bwd_dmask_kernel(
     batches, heads,  # that share one entry of the mask
     programs_m, programs_n,  # of one entry
     scale, window_left, window_right, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_PER_QUERY: tl.constexpr,
     SUM_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -77,8 +80,6 @@ def _attention_bwd_dmask_kernel(
     key_first = pid_n * BLOCK_N
     keys = key_first + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = (offs_d < HEAD_DIM)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     # 2. The query tiles that see some key of the tile: this one, or all where one mask row serves
@@ -95,6 +96,7 @@ def _attention_bwd_dmask_kernel(
     tiles_m = tl.maximum(tile_m_last - tile_m_first, 0)
 
     # 3. They in turn, in each head and batch that shares the entry; every offset is 64-bit.
+    # Nothing as wide as D is added up, so D may come in chunks.
     for step in tl.range(batches * heads * tiles_m):
         b = (b_first + step // (heads * tiles_m)).to(tl.int64)
         h = (h_first + step // tiles_m % heads).to(tl.int64)
@@ -109,18 +111,23 @@ def _attention_bwd_dmask_kernel(
         do_base = do_ptr + b * stride_gb + h * stride_gh
         k_base = k_ptr + b * stride_kb + h_kv * stride_kh
         v_base = v_ptr + b * stride_vb + h_kv * stride_vh
-        mask_q = exists[:, None] & mask_d
-        mask_k = seen[:, None] & mask_d
-        q = tl.load(q_base + rows_m * stride_qm + offs_d[None, :], mask=mask_q, other=0.0)
-        do = tl.load(do_base + rows_m * stride_gm + offs_d[None, :], mask=mask_q, other=0.0)
-        k = tl.load(k_base + rows_n * stride_kn + offs_d[None, :], mask=mask_k, other=0.0)
-        v = tl.load(v_base + rows_n * stride_vn + offs_d[None, :], mask=mask_k, other=0.0)
         rows = b * stride_lb + h * stride_lh + queries
         row_max = tl.load(stats_ptr + 2 * rows, mask=exists, other=0.0)
         row_log_sum = tl.load(stats_ptr + 2 * rows + 1, mask=exists, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=exists, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        grad_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for d in tl.range(0, BLOCK_D, CHUNK_D):
+            offs_d = d + tl.arange(0, CHUNK_D)
+            mask_d = (offs_d < HEAD_DIM)[None, :]
+            mask_q = exists[:, None] & mask_d
+            mask_k = seen[:, None] & mask_d
+            q = tl.load(q_base + rows_m * stride_qm + offs_d[None, :], mask=mask_q, other=0.0)
+            do = tl.load(do_base + rows_m * stride_gm + offs_d[None, :], mask=mask_q, other=0.0)
+            k = tl.load(k_base + rows_n * stride_kn + offs_d[None, :], mask=mask_k, other=0.0)
+            v = tl.load(v_base + rows_n * stride_vn + offs_d[None, :], mask=mask_k, other=0.0)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+            grad_weights = tl.dot(do, tl.trans(v), grad_weights, input_precision=PRECISION)
         keep = None
         if seed_ptr is not None:
             batch_head = b * num_heads + h
@@ -183,6 +190,7 @@ def attention_dmask(
         batch // mask_batch, num_heads // mask_heads, programs_m, programs_n,
         scale, *call.window, *drop,
         **constants, SUM_QUERIES=sum_queries,
+        CHUNK_D=constants["BLOCK_D"] if aligned else min(constants["BLOCK_D"], _UNALIGNED_CHUNK),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -107,6 +107,14 @@ def genera_ids():
     return [genera.ids(names) for names in demo_data.HABITATS.values()]
 
 
+class Letters:
+    """A tokenizer whose token i is the i-th character from "0" on."""
+
+    def decode(self, ids):
+        """The characters, end to end."""
+        return "".join(chr(ord("0") + i) for i in ids)
+
+
 def gradients_by_name(model):
     """Each weight's gradient (zero where it has none) under stock's name and in its layout."""
     mirror = copy.deepcopy(model)

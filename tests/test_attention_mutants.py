@@ -38,7 +38,7 @@ ATTENTION: tuple[tuple[str, str, str, str], ...] = (
     ("attention_backward", "(h_kv + 1) * heads_per_kv", "h_kv * heads_per_kv + 1", "one head"),
     ("attention_backward", "tl.where(key_first < used, len_q, 0)", "0", "no query"),
     ("attention_backward", "used) - 1", "used) - 2", "last key"),
-    ("attention_dmask", "step // tiles_m % heads", "step % heads", "heads of a mask"),
+    ("attention_dmask", "h_first + step // tiles_m % heads", "h_first", "heads of a mask"),
     ("attention_dmask", "step // (heads * tiles_m)", "step // (heads * tiles_m + 1)", "batches"),
     ("attention_dmask", "entry // (num_heads // heads)", "entry // num_heads", "batch of an entry"),
     ("attention_dmask", "entry % (num_heads // heads)", "0 * entry", "head of an entry"),

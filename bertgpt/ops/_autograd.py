@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertgpt.ops._dispatch import LIBRARY, Call, Op
+from bertgpt.ops._backends import Call
+from bertgpt.ops._dispatch import LIBRARY, Op
 
 
 def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> None:

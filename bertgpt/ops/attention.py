@@ -15,7 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._backends import Backend, Call, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
 from bertgpt.portable.attention_backward import attention_backward
 
 MAX_HEAD_DIM = 256

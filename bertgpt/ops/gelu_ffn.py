@@ -12,7 +12,8 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._backends import Backend, Call, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
 from bertgpt.ops.linear_gelu import check_approximate, check_linear
 from bertgpt.portable.gelu_ffn import gelu_ffn_backward
 
@@ -165,10 +166,10 @@ def gelu_ffn_backward_flops(
     grads: Any, saved: Any, wanted: Any, x: Any, w_in: Any, b_in: Any, w_out: Any,
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    """x · w_in again, the gradient of what lies between the products, and one each that is wanted.
+    """x · w_in again, one product between the layers, and one for each of x, w_in and w_out.
 
-    Nothing comes again for b_out's gradient alone, a sum of columns.
-    """
+    Those of them that are wanted: b_out's gradient, a sum of columns, needs none.
+    """  # noqa: D403 - the tensor's name
     x_too, w_in_too, b_in_too, w_out_too, _ = wanted
     inner = x_too or w_in_too or b_in_too
     narrow = (inner or w_out_too) + x_too + w_in_too

@@ -12,15 +12,8 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import (
-    Backend,
-    Call,
-    Op,
-    check_backend,
-    cuda_backend,
-    needs_grad,
-    triton_backend,
-)
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
 from bertgpt.portable.linear_gelu import linear_gelu_backward
 
 
@@ -100,6 +93,10 @@ def _run(function: Any, **call: Any) -> Tensor:
     return function(**call).contiguous()
 
 
+def _run_cuda(kernels: Any, call: Call) -> Tensor:
+    return kernels.linear_gelu(call["x"], call["w"], call["b"], approximate=call["approximate"])
+
+
 def _differentiate_torch(
     grads: Sequence[Tensor], saved: Sequence[Tensor], names: Sequence[str], **call: Any
 ) -> dict[str, Tensor]:
@@ -125,7 +122,7 @@ _OP = Op(
     " -> Tensor",
     check=_check,
     backends={
-        "cuda": cuda_backend("linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c)),
+        "cuda": cuda_backend("linear_gelu", _run_cuda),
         "triton": triton_backend(
             "linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c), _differentiate_triton
         ),

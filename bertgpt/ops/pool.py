@@ -9,7 +9,8 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._backends import Backend, Call, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
 
 POOLINGS = ("cls", "mean", "max")
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from bertgpt.philox import dropout_rows
-from bertgpt.portable.linear_gelu import gelu, gelu_backward, linear_backward, linear_gelu
+from bertgpt.portable.linear_gelu import gelu, gelu_backward, linear_backward
 from bertgpt.portable.products import linear
 
 
@@ -27,13 +27,9 @@ def gelu_ffn(
 
     With `return_inner` also what goes into the GELU, which `gelu_ffn_backward` reads.
     """
-    if return_inner:
-        inner = linear(x, w_in.to(x.dtype), None if b_in is None else b_in.to(x.dtype))
-        hidden = gelu(inner, approximate)
-    else:
-        hidden = linear_gelu(x, w_in, b_in, approximate=approximate)
+    inner = linear(x, w_in.to(x.dtype), None if b_in is None else b_in.to(x.dtype))
     b_out = None if b_out is None else b_out.to(x.dtype)
-    y = dropout_rows(linear(hidden, w_out.to(x.dtype), b_out), dropout_p, seed)
+    y = dropout_rows(linear(gelu(inner, approximate), w_out.to(x.dtype), b_out), dropout_p, seed)
     return (y, inner) if return_inner else y
 
 

@@ -1,4 +1,4 @@
-"""GELU(x Wᵀ + b) on the GEMM and GELU at hand, fused where oneDNN fuses them."""
+"""GELU(x Wᵀ + b) on the GEMM and GELU at hand."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertgpt.portable.products import is_finite, linear, product, takes_onednn
+from bertgpt.portable.products import is_finite, linear, product
 
 _IDENTITY_ABOVE = 100.0  # Φ(100) is 1 to the last bit, also of a float64
 
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str = "none") -> Tensor:
     """What `bertgpt.ops.linear_gelu` computes; the arguments are described there."""
-    w = w.to(x.dtype)
-    b = None if b is None else b.to(x.dtype)
-    if takes_onednn(x, w, b):
-        y = torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], approximate)
-        if is_finite(y):
-            return y
-    return gelu(linear(x, w, b), approximate)
+    return gelu(linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)), approximate)
 
 
 def linear_gelu_backward(
