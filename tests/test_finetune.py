@@ -15,6 +15,7 @@ from bertgpt.recipes.classify import Classifier
 from bertgpt.recipes.datasets import Question, Sentence, Text
 from bertgpt.recipes.finetune import RECIPES, Predictor, new_recipe
 from bertgpt.recipes.inputs import Item
+from bertgpt.recipes.qa import _target
 
 pytest.importorskip("accelerate")
 
@@ -175,7 +176,7 @@ def test_an_answer_is_found_in_the_windows_that_hold_it_and_nowhere_else(bert):
 def test_the_best_span_of_all_windows_wins(bert, monkeypatch):
     context = " ".join(["they"] * 40 + ["new york"] + ["said"] * 40)
     recipe = new_recipe("qa", bert, [_question(context, "new york")], 24)
-    new, york = (recipe.tokenizer.token_to_id(word) for word in ("new", "york"))
+    new, york, they = (recipe.tokenizer.token_to_id(word) for word in ("new", "york", "they"))
 
     def forward(tokens):
         ids = tokens.values
@@ -184,6 +185,7 @@ def test_the_best_span_of_all_windows_wins(bert, monkeypatch):
             # the question's tokens and an end before the start score higher, and may not win
             start_logits = torch.where(ids == new, 8.0, torch.where(ids == 7, 9.0, 0.0))
             end_logits = torch.where(ids == york, 8.0, torch.where(ids == 7, 9.0, 0.0))
+            end_logits = torch.where(ids == they, 8.5, end_logits)
 
         return Output
 
@@ -191,6 +193,20 @@ def test_the_best_span_of_all_windows_wins(bert, monkeypatch):
     (found,) = recipe.predict([_question(context, "new york")])
     assert (found.text, found.start) == ("new york", context.index("new york"))
     assert 0 < found.score < 0.1  # the question's token takes most of the probability
+
+
+@pytest.mark.parametrize(
+    ("places", "target"),
+    [
+        ([None, (0, 3), (4, 8), (9, 11)], (1, 2)),
+        ([None, (0, 2), (2, 10)], (1, 2)),  # an answer may end inside a token
+        ([None, (0, 3)], (0, 0)),
+        ([None, (4, 8), (9, 11)], (0, 0)),
+        ([None, (9, 11)], (0, 0)),
+    ],
+)
+def test_a_window_holds_all_of_an_answer_or_nothing(places, target):
+    assert _target(places, "new york", 0) == target
 
 
 def test_answers_have_a_longest(bert, monkeypatch):
