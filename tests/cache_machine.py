@@ -20,7 +20,9 @@ _STATES = 4093
 _TABLE = torch.randn(2, _STATES, HEADS, DIM, generator=generator(1))  # a key and a value each
 _QUERIES = torch.randn(64, HEADS, DIM, generator=generator(2))
 _MOST_SEQUENCES, _MOST_TOKENS = 8, 64
-_TOKEN = st.integers(0, 1)  # two words, so that prefixes often agree
+_TOKEN = st.sampled_from((0, 0, 0, 1))  # texts of few words in long runs: prefixes often agree
+_RUN = st.tuples(_TOKEN, st.integers(0, 12)).map(lambda run: [run[0]] * run[1])
+_PROMPT = st.tuples(_TOKEN, st.integers(0, 40), _RUN).map(lambda p: [p[0]] * p[1] + p[2])
 
 
 def states(tokens):
@@ -63,8 +65,8 @@ class CacheMachine(RuleBasedStateMachine):
     operations = 0  # over all runs
 
     @initialize(
-        num_pages=st.integers(1, 14), page_size=st.sampled_from([8, 16]),
-        prefix_reuse=st.booleans(), zero_on_free=st.booleans(),
+        num_pages=st.integers(1, 16), page_size=st.sampled_from([8, 8, 16]),
+        prefix_reuse=st.sampled_from([True, True, False]), zero_on_free=st.booleans(),
     )  # fmt: skip
     def start(self, num_pages, page_size, prefix_reuse, zero_on_free):
         self.cache = PagedKVCache(
@@ -148,10 +150,25 @@ class CacheMachine(RuleBasedStateMachine):
     # -- rules
 
     @precondition(lambda self: len(self.tokens) < _MOST_SEQUENCES)
-    @rule(extra=st.integers(-20, 30), prompt=st.none() | st.lists(_TOKEN, max_size=40))
+    @rule(extra=st.integers(-30, 10), prompt=st.none() | _PROMPT)
     def allocate(self, extra, prompt):
+        self.begin(max(0, extra + len(prompt or [])), prompt)
+
+    @precondition(lambda self: len(self.tokens) < _MOST_SEQUENCES)
+    @rule(prompt=_PROMPT, stays=st.booleans())
+    def serve(self, prompt, stays):
+        """A prompt is read and remembered, and its sequence perhaps ends."""
+        sequence = self.begin(len(prompt), prompt)
+        if sequence is None:
+            return
+        self.extend([sequence], [prompt[len(self.tokens[sequence]) :]])
+        self.make_known(sequence)
+        if not stays:
+            self.end(sequence)
+
+    def begin(self, count, prompt):
+        """A new sequence, or None where there are too few pages."""
         CacheMachine.operations += 1
-        count = max(0, extra + len(prompt or []))
         found = self.found(prompt) if prompt is not None else []
         missing = max(0, self.pages_for(count) - len(found))
         available = self.cache.num_free_pages - len(set(found) - set(self.holders()))
@@ -160,7 +177,7 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(OutOfPages, match=f"{missing} pages are needed but {available} of"):
                 self.cache.allocate(count, prompt)
             assert self.snapshot() == before
-            return
+            return None
         self.notice_eviction(missing)
         sequence = self.cache.allocate(count, prompt)
         assert sequence not in self.tokens
@@ -170,14 +187,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.read_pages([sequence])
         assert self.pages[sequence][: len(found)] == found
         assert len(self.pages[sequence]) == len(found) + missing
+        return sequence
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def append(self, data):
-        CacheMachine.operations += 1
         ids = data.draw(st.lists(st.sampled_from(sorted(self.tokens)), unique=True))
-        new = [data.draw(st.lists(_TOKEN, max_size=12)) for _ in ids]
+        new = [data.draw(_RUN) for _ in ids]
         new = [n[: _MOST_TOKENS - len(self.tokens[s])] for s, n in zip(ids, new, strict=True)]
+        self.extend(ids, new)
+
+    def extend(self, ids, new):
+        CacheMachine.operations += 1
         counts = [len(n) for n in new]
         if self.needed(ids, counts) > self.cache.num_free_pages:
             before = self.snapshot()
@@ -241,23 +262,27 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
-    def free(self, data):
-        CacheMachine.operations += 1
-        sequence = data.draw(st.sampled_from(sorted(self.tokens)))
-        self.cache.free(sequence)
-        del self.tokens[sequence], self.pages[sequence]
-        self.freed.add(sequence)
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data())
     def remember(self, data):
+        self.make_known(data.draw(st.sampled_from(sorted(self.tokens))))
+
+    def make_known(self, sequence):
         CacheMachine.operations += 1
-        sequence = data.draw(st.sampled_from(sorted(self.tokens)))
         tokens, size = self.tokens[sequence], self.cache.page_size
         self.cache.remember(sequence, tokens)
         for i in range(len(tokens) // size if self.reusing else 0):
             self.known.setdefault(tuple(tokens[: (i + 1) * size]), self.pages[sequence][i])
         self.read_pages([])
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def free(self, data):
+        self.end(data.draw(st.sampled_from(sorted(self.tokens))))
+
+    def end(self, sequence):
+        CacheMachine.operations += 1
+        self.cache.free(sequence)
+        del self.tokens[sequence], self.pages[sequence]
+        self.freed.add(sequence)
 
     @precondition(lambda self: self.freed)
     @rule(data=st.data())
@@ -323,6 +348,10 @@ class CacheMachine(RuleBasedStateMachine):
             for layer in self.cache.layers:
                 for pages in layer:
                     pages.masked_fill_(~live[:, None, :, None], float("nan"))
+        for prefix, page in self.known.items():
+            held = keys_and_values(prefix)[:, -self.cache.page_size :]
+            for pages, what in zip(self.cache.layers[0], held, strict=True):
+                assert pages[page].equal(what.transpose(0, 1))
         ids = [s for s in self.tokens if self.tokens[s]]
         if not ids:
             return
@@ -336,7 +365,3 @@ class CacheMachine(RuleBasedStateMachine):
             out = ops.paged_attention(q, *pages, table, lengths, scale=scale)
             expected = expected if scale > 0 else -expected
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-        for prefix, page in self.known.items():
-            held = keys_and_values(prefix)[:, -self.cache.page_size :]
-            for pages, what in zip(self.cache.layers[0], held, strict=True):
-                assert pages[page].equal(what.transpose(0, 1))
