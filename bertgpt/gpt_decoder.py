@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertgpt.checkpoint import map_keys
@@ -19,6 +18,7 @@ from bertgpt.layers import (
     ACTIVATIONS,
     AddNorm,
     Attend,
+    Block,
     Embeddings,
     FeedForward,
     SelfAttend,
@@ -64,11 +64,11 @@ class GPT2Config(PretrainedConfig):
     pad_token_id: int | None = None
 
 
-class GPT2Block(nn.Module):
+class GPT2Block(Block):
     """Attention and the feed-forward network, each on normed input.
 
-    Each sum is formed by the norm that follows it, so the block hands on its last term and the
-    residual unadded.
+    Each sum is formed by the norm that follows it, so blocks take and hand on their last term and
+    the residual unadded.
     """
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -78,8 +78,7 @@ class GPT2Block(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
         inner = 4 * width if config.n_inner is None else config.n_inner
-        # The first norm reads the embeddings, which have had their own dropout.
-        self.norm_1 = AddNorm(width, eps, dropout if layer else 0.0)
+        self.norm_1 = AddNorm(width, eps, dropout if layer else config.embd_pdrop)
         self.attention = SelfAttention(width, config.n_head, layer, scale, config.attn_pdrop)
         self.norm_2 = AddNorm(width, eps, dropout)
         self.feed_forward = FeedForward(width, inner, ACTIVATIONS[config.activation_function])
@@ -93,13 +92,17 @@ class GPT2Block(nn.Module):
         }
         map_keys(self, table, transposed=[ours for ours in table if "norm" not in ours])
 
-    def forward(
-        self, normed_TE: Tensor, residual_TE: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        """Normed input and residual → last term and residual, all `[T, E]`."""
+    def compute(
+        self, term_TE: Tensor, residual_TE: Tensor | None, attend: Attend
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Term and residual → the next ones, and the sum of those that came, all `[T, E]`.
+
+        The first block's term are the embeddings, which have no residual.
+        """
+        normed_TE, sum_TE = self.norm_1.with_sum(term_TE, residual_TE)
         mixed_TE = self.attention(normed_TE, attend)
-        normed_TE, residual_TE = self.norm_2.with_sum(mixed_TE, residual_TE)
-        return self.feed_forward(normed_TE), residual_TE
+        normed_TE, residual_TE = self.norm_2.with_sum(mixed_TE, sum_TE)
+        return self.feed_forward(normed_TE), residual_TE, sum_TE
 
 
 class GPT2PreTrainedModel(PreTrainedModel):
@@ -134,7 +137,7 @@ class GPT2Model(GPT2PreTrainedModel):
         self.limits = Limits(words, positions, types=words, width=width)
         self.embeddings = Embeddings(words, positions, 0, width, None)
         self.layers = nn.ModuleList(GPT2Block(config, i) for i in range(config.n_layer))
-        dropout = config.resid_pdrop if config.n_layer else 0.0
+        dropout = config.resid_pdrop if config.n_layer else config.embd_pdrop
         self.final_norm = AddNorm(width, config.layer_norm_epsilon, dropout)
         table = {
             "embeddings.word_embeddings": "wte",
@@ -146,22 +149,24 @@ class GPT2Model(GPT2PreTrainedModel):
         self.post_init()
 
     def embed(self, values: Tensor, positions: Tensor, types: Tensor | None = None) -> Tensor:
-        """Embeddings `[T, E]` of words (or of given embeddings), positions and types."""
+        """Embeddings `[T, E]` of words (or of given embeddings), positions and types.
+
+        Their dropout is left to the first norm.
+        """
         words, places = self.embeddings(values, positions, None)
         if types is not None:
             words = words + self.embeddings.word_embeddings(types)
-        return F.dropout(words + places, self.config.embd_pdrop, self.training)
+        return words + places
 
     def decode(self, x_TE: Tensor, attend: Attend, every_layer: bool = False) -> tuple[Tensor, ...]:
-        """Hidden states `[T, E]`: the normed last, or the input, each sum, and the normed last."""
-        blocks = [*self.layers]
-        norms = [*(block.norm_1 for block in blocks), self.final_norm]
-        states, normed, residual = [], norms[0](x_TE), x_TE
-        for block, next_norm in zip(blocks, norms[1:], strict=True):
+        """Embeddings → hidden states `[T, E]`: the normed last, or each sum and the normed last."""
+        states: list[Tensor] = []
+        term, residual = x_TE, None
+        for block in self.layers:
+            term, residual, entering = block(term, residual, attend)
             if every_layer:
-                states.append(residual)
-            term, residual = block(normed, residual, attend)
-            normed, residual = next_norm.with_sum(term, residual)
+                states.append(entering)
+        normed = self.final_norm(term, residual)
         return (*states, normed)
 
     def run(

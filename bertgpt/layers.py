@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bertgpt import ops
 from bertgpt.packing import PackedBatch
@@ -46,6 +48,28 @@ class SelfAttend:
             max_seqlen_q=batch.max_seqlen,
             dropout_p=dropout_p,
         )
+
+
+class Block(nn.Module):
+    """A layer that a model repeats: `compute` is what it does, `forward` may do it twice.
+
+    Attributes:
+        checkpointing: arguments of `torch.utils.checkpoint.checkpoint`; in training only the
+            layer's inputs are then kept, and the backward pass computes the rest again, with the
+            same dropout. None keeps everything.
+    """
+
+    checkpointing: dict[str, Any] | None = None
+
+    def compute(self, *inputs: Any) -> Any:
+        """What the layer makes of its inputs."""
+        raise NotImplementedError(f"{type(self).__name__} computes nothing")
+
+    def forward(self, *inputs: Any) -> Any:
+        """`compute`, inside the checkpoint, so that hooks on the layer run once."""
+        if self.checkpointing is None or not (self.training and torch.is_grad_enabled()):
+            return self.compute(*inputs)
+        return checkpoint(self.compute, *inputs, **self.checkpointing)
 
 
 class Embeddings(nn.Module):
@@ -142,8 +166,10 @@ class AddNorm(nn.Module):
         """The norm alone: what a post-norm layer hands on."""
         return self._call(x_TE, residual_TE, return_sum=False)
 
-    def with_sum(self, x_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def with_sum(self, x_TE: Tensor, residual_TE: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm and the sum under it: a pre-norm layer hands on both."""
+        if residual_TE is None and not (self.training and self.dropout):
+            return self.forward(x_TE), x_TE  # nothing dropped or added: it is its own sum
         return self._call(x_TE, residual_TE, return_sum=True)
 
     def _call(self, x: Tensor, residual: Tensor | None, return_sum: bool):  # type: ignore[no-untyped-def]
@@ -156,3 +182,22 @@ class AddNorm(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             return_sum=return_sum,
         )
+
+
+class Dropout(nn.Module):
+    """Dropout of rows `[..., E]` where no norm follows that would do it.
+
+    It is the sum that `add_layer_norm` forms, so its bits are the defined ones on every backend.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In training, x with elements dropped, in autocast's dtype; otherwise x itself."""
+        if not self.training or self.p == 0.0:
+            return x
+        weight = x.new_ones(x.shape[-1])
+        _, dropped = ops.add_layer_norm(x, None, weight, None, dropout_p=self.p, return_sum=True)
+        return dropped

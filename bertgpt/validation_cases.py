@@ -231,6 +231,7 @@ def _sample(make: _Maker) -> Iterator[Sample]:
             "temperature": torch.tensor([0.0, 0.7, 1.0, 1.6])[which % 4],
             "top_k": torch.tensor([0, 0, 1, 5, 2000])[which % 5],
             "top_p": torch.tensor([1.0, 0.95, 0.5])[which % 3],
+            "min_p": torch.tensor([0.0, 0.02])[which % 2],
         }
         seeds = {"seed": torch.tensor(11), "sequence_ids": which, "steps": torch.tensor(3)}
         logits = make.randn(rows, vocabulary, scale=3.0)

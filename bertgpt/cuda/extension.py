@@ -24,7 +24,7 @@ _MEANINGS = {  # of the bits in csrc/device/error_flag.cuh
     "table (it was clamped)",
     4: "a slot lies past the last page (its token was skipped)",
     8: "a row of logits holds NaN, +inf or nothing but -inf (its token is -1)",
-    16: "a temperature, top_k or top_p is out of its range (its row's token is -1)",
+    16: "a temperature, top_k, top_p or min_p is out of its range (its row's token is -1)",
 }
 _INDEX_BITS = 1 | 2 | 4
 

@@ -25,6 +25,7 @@ def sample(
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     sequence_ids: Tensor,
     steps: Tensor,
@@ -37,6 +38,7 @@ def sample(
             CPU; what lies on the device is read there.
         top_k: int64.
         top_p: float32.
+        min_p: float32.
         seed: int64.
         sequence_ids: int64.
         steps: int64, of which the low 32 bits count.
@@ -50,7 +52,7 @@ def sample(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     arguments: list[float] = []
     kept = []  # copies, until the launch
-    for setting in (temperature, top_p, top_k, seed, sequence_ids, steps):
+    for setting in (temperature, top_p, min_p, top_k, seed, sequence_ids, steps):
         if setting.dim() == 0 and setting.device.type == "cpu":
             arguments += (0, setting.item())
         else:

@@ -8,7 +8,8 @@ differentiated. Saved are the inputs, and those outputs that a gradient asks for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -117,12 +118,23 @@ def _once(
     return gradients if source is None else _Once.apply(name, source, *gradients)
 
 
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd records, also where a dispatch mode (a FLOP counter) has shut it out down here."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+    with ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
 def _differentiated(
     op: Op, call: Call, names: tuple[str, ...], grads: list[Tensor]
 ) -> Mapping[str, Tensor]:
     """The gradients by autograd through the forward pass, computed again."""
     backend = "reference" if call["backend"] == "reference" else "torch"
-    with torch.enable_grad():
+    with _recorded():
         leaves = {n: call[n].detach().requires_grad_() for n in names}
         results = op.run(backend, {**call, **leaves})
         results = (results,) if isinstance(results, Tensor) else results
