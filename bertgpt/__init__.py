@@ -40,6 +40,7 @@ _EXPORTS = {
     "PagedKVCache": "bertgpt.kv_cache",
     "OutOfPages": "bertgpt.kv_cache",
     "DecodeBatch": "bertgpt.decode_batch",
+    "Engine": "bertgpt.engine",
 }
 _MODULES = ("ops", "reference", "kernels")
 
