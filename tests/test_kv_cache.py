@@ -246,13 +246,16 @@ def test_equal_keys_of_different_prefixes_are_told_apart(monkeypatch):
     monkeypatch.setattr(prefix_index.PrefixIndex, "_key", lambda *_: b"the same")
     cache = remembering()
     a, b = [1] * 8, [2] * 8
-    seen(cache, [*a, *b])  # of two pages with one key the later stays
-    assert cache.length(cache.allocate(0, [*a, *b, 3])) == 0
-    assert cache.length(cache.allocate(0, [*b, 3])) == 0
+    first = seen(cache, [*a, *b])  # of two pages with one key the later stays
     assert len(cache.allocator.prefixes.prefixes()) == 1
-    last = seen(cache, a)
+    for prompt in ([*a, *b, 3], [*b, 3]):
+        assert cache.length(cache.allocate(0, prompt)) == 0
+    cache.free(first)
+    assert cache.stats().cached == 1
+    seen(cache, a)
     assert cache.length(cache.allocate(0, [*a, 3])) == 8
-    cache.free(last)
+    assert cache.length(cache.allocate(0, [*b, 3])) == 0
+    assert cache.stats().cached == 0
 
 
 def test_a_page_follows_only_the_very_page_that_was_matched():
