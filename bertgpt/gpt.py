@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bertgpt import objectives
-from bertgpt.generation import GenerationMixin
+from bertgpt.causal_lm import CausalLM
 from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
 from bertgpt.outputs import LogitsOutput
-from bertgpt.packing import PackedBatch, pad
-from bertgpt.vocabulary import score
+from bertgpt.packing import PackedBatch
 
 __all__ = [
     "GPT2Config",
@@ -27,25 +26,11 @@ __all__ = [
 ]
 
 
-class GPT2LMHeadModel(GenerationMixin, GPT2PreTrainedModel):
+class GPT2LMHeadModel(CausalLM, GPT2PreTrainedModel):
     """The language model: scores of each next word, by the word embeddings."""
 
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__(config)
-        self.transformer = GPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The decoder over the vocabulary."""
-        return self.lm_head
-
-    def tie_weights(self) -> None:
-        """Shares the word embeddings with the decoder."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.get_input_embeddings().weight
+    decoder_class = GPT2Model
 
     def forward(
         self,
@@ -90,28 +75,19 @@ class GPT2LMHeadModel(GenerationMixin, GPT2PreTrainedModel):
             ValueError: as in `GPT2Model.forward`; `logits_to_keep` beside labels or a
                 `PackedBatch`; `skip_logits` without labels.
         """
-        run = self.transformer.run(
+        return self.scores(
             (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
+            labels,
+            logits_to_keep,
+            skip_logits,
             output_hidden_states,
+            return_dict,
             past_key_values=past_key_values,
             use_cache=use_cache,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             output_attentions=output_attentions,
         )
-        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            if labels is not None or skip_logits or run.batch.grid is None:
-                raise ValueError("logits_to_keep goes with a padded batch and no labels")
-            last = isinstance(logits_to_keep, int)
-            columns = slice(-logits_to_keep, None) if last else logits_to_keep
-            logits, loss = self.lm_head(pad(run.last, run.batch)[:, columns]), None
-        else:
-            if labels is not None:
-                labels = objectives.token_labels("labels", labels, run.batch)
-                labels = objectives.next_token_labels(labels, run.batch)
-            logits, loss = score(run.last, self.lm_head, labels, run.batch, skip_logits)
-        output = LogitsOutput(loss=loss, logits=logits, hidden_states=run.every_layer)
-        return self._finish(output, return_dict)
 
 
 class GPT2ForSequenceClassification(GPT2PreTrainedModel):

@@ -18,8 +18,11 @@ from bertgpt.packing import PackedBatch
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
-# (q_THD, k_THD, v_THD, layer, scale, dropout_p) → out_THD: how the tokens at hand meet the keys.
-Attend = Callable[[Tensor, Tensor, Tensor, int, float, float], Tensor]
+# How far a query sees (left, right), −1 for no bound; None for everywhere.
+Window = tuple[int, int] | None
+# (q_THD, k_THD, v_THD, layer, scale, dropout_p, window) → out_THD: how the tokens at hand meet the
+# keys.
+Attend = Callable[[Tensor, Tensor, Tensor, int, float, float, Window], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,29 @@ class SelfAttend:
     causal: bool = False
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        dropout_p: float,
+        window: Window,
     ) -> Tensor:
         """Attention over the whole batch, `[T, H, D]` each."""
         batch = self.batch
         if batch.equal_lengths:  # [T, H, D] is [B, L, H, D] without a copy
             q, k, v = (x.unflatten(0, (len(batch), batch.max_seqlen)) for x in (q, k, v))
-            out = ops.attention(q, k, v, causal=self.causal, scale=scale, dropout_p=dropout_p)
+            out = ops.attention(
+                q, k, v, causal=self.causal, window=window, scale=scale, dropout_p=dropout_p
+            )
             return out.flatten(0, 1)
         return ops.attention(
             q,
             k,
             v,
             causal=self.causal,
+            window=window,
             scale=scale,
             cu_seqlens_q=batch.cu_seqlens,
             max_seqlen_q=batch.max_seqlen,
@@ -112,23 +125,40 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values."""
+    """Multi-head self-attention with one fused projection for queries, keys and values.
+
+    Args:
+        width: E.
+        heads: H, a divisor of E.
+        layer: which of the model's layers this is.
+        scale: of the scores; by default 1/√(E/H).
+        dropout: of the attention weights.
+        window: how far a query sees.
+        qkv_bias: whether the fused projection has a bias.
+    """
 
     def __init__(
-        self, width: int, heads: int, layer: int, scale: float | None = None, dropout: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        layer: int,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        window: Window = None,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.layer = heads, width // heads, layer
         self.scale = self.head_dim**-0.5 if scale is None else scale
-        self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.dropout, self.window = dropout, window
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out = nn.Linear(width, width)
 
     def forward(self, x_TE: Tensor, attend: Attend) -> Tensor:
         """`[T, E]` → `[T, E]`."""
         q, k, v = self.qkv(x_TE).view(-1, 3, self.heads, self.head_dim).unbind(1)
         dropout_p = self.dropout if self.training else 0.0
-        mixed = attend(q, k, v, self.layer, self.scale, dropout_p)
+        mixed = attend(q, k, v, self.layer, self.scale, dropout_p, self.window)
         return self.out(mixed.flatten(1))
 
 

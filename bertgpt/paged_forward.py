@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bertgpt import ops
 from bertgpt.kv_cache import PagedKVCache
-from bertgpt.layers import SelfAttend
+from bertgpt.layers import SelfAttend, Window
 from bertgpt.packing import PackedBatch, pack
 
 if TYPE_CHECKING:
@@ -30,11 +30,18 @@ class FillPages:
     attend: SelfAttend
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        dropout_p: float,
+        window: Window,
     ) -> Tensor:
         """Attention over the packed prompts, `[T, H, D]` each."""
         ops.paged_write(k, v, *self.cache.layers[layer], self.slots)
-        return self.attend(q, k, v, layer, scale, dropout_p)
+        return self.attend(q, k, v, layer, scale, dropout_p, window)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,14 @@ class ReadPages:
     max_seqlen: int = 1
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, dropout_p: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        scale: float,
+        dropout_p: float,
+        window: Window,
     ) -> Tensor:
         """Attention of the new tokens, `[T, H, D]` each."""
         k_pages, v_pages = self.cache.layers[layer]
@@ -65,6 +79,7 @@ class ReadPages:
             self.lengths,
             cu_seqlens_q=self.cu_seqlens,
             max_seqlen_q=self.max_seqlen,
+            window=window,
             scale=scale,
         )
 
@@ -91,9 +106,9 @@ def make_cache(model: GenerationMixin, num_pages: int, page_size: int) -> PagedK
     return PagedKVCache(
         num_pages=max(num_pages, 1),
         page_size=page_size,
-        num_layers=max(config.n_layer, 1),
-        num_kv_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head,
+        num_layers=max(config.num_hidden_layers, 1),
+        num_kv_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
         dtype=model.dtype,
         device=model.device,
     )
