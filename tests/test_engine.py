@@ -7,7 +7,15 @@ import pytest
 import torch
 from engines import DRAWN, Scores, alone, nothing_is_left, small_engine, small_model, some_prompts
 
-from bertgpt import Engine, engine_loop, gpt
+from bertgpt import (
+    Engine,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    engine_loop,
+    gpt,
+)
 from bertgpt import engine as engine_module
 from bertgpt.decode_step import DecodeStep
 from bertgpt.engine import DeadlineExceeded
@@ -31,6 +39,34 @@ def test_a_batch_gives_what_generate_gives_alone(options):
     texts = [request.result() for request in requests]
     assert texts == [alone(request) for request in requests]
     assert engine.metrics().preemptions > 0, "the cache is too large for this test"
+    assert nothing_is_left(engine)
+
+
+TINY = {"vocab_size": 61, "initializer_range": 0.3}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: OpenAIGPTLMHeadModel(
+            OpenAIGPTConfig(**TINY, n_positions=64, n_embd=24, n_layer=2, n_head=3)
+        ),
+        lambda: GPTNeoForCausalLM(
+            GPTNeoConfig(
+                **TINY, max_position_embeddings=64, hidden_size=24, num_layers=2, num_heads=3,
+                attention_types=[[["global", "local"], 1]], window_size=5,
+            )
+        ),
+    ],
+    ids=["gpt1", "gpt_neo"],
+)  # fmt: skip
+def test_other_decoders_are_served_too(monkeypatch, model):
+    scores = Scores(monkeypatch)
+    engine = small_engine(model().eval(), num_pages=12, prefill_tokens=8)
+    requests = [engine.submit(p, 12, eos_token_id=()) for p in some_prompts(6, longest=30)]
+    assert [request.result() for request in requests] == [alone(r) for r in requests]
+    assert scores.compared == 6 * 12
+    assert scores.worst < 1e-5
     assert nothing_is_left(engine)
 
 
