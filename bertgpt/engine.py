@@ -61,7 +61,7 @@ class Engine:
 
         Args:
             model: A language model of this library, in eval mode.
-            num_pages: Pages of the cache.
+            num_pages: Pages of the cache; each takes 2 · layers · page_size · hidden size elements.
             page_size: Tokens of a page.
             max_batch: Most texts that are written at once.
             prefill_tokens: Most tokens of prompts in a step. Longer prompts are cut at its
@@ -212,6 +212,8 @@ class Engine:
             TypeError, ValueError, IndexError: As `submit`; then none of the prompts has begun.
             Exception: What ended one of them; the others are finished.
         """
+        if isinstance(prompts, Tensor):
+            raise TypeError("prompts must be a list of lists: a tensor's rows may be padded")
         requests = [self._request(prompt, max_new_tokens, **options) for prompt in prompts]
         self._arrivals.extend(requests)
         while not all(request.finished for request in requests):

@@ -147,8 +147,9 @@ class EngineLoop:
             return
         if rows != list(range(len(scores))):
             scores = scores[self._on_device(rows)]
+        chosen = self._choose(read, scores)
         now = monotonic()
-        for text, (token, log_prob) in zip(read, self._choose(read, scores), strict=True):
+        for text, (token, log_prob) in zip(read, chosen, strict=True):
             if text.finish_reason is None:  # its request may have ended with the text before
                 self._deliver(text, token, log_prob, now)
 
@@ -216,6 +217,7 @@ class EngineLoop:
     def _finish(self, text: Text, reason: str) -> None:
         self.scheduler.remove(text)
         text.finish_reason, text.seen = reason, None
+        self._rows = None  # which holds on to the texts
         request = text.request
         if any(other.finish_reason is None for other in request.texts):
             return

@@ -146,6 +146,8 @@ class Request:
     def result(self) -> list[list[int]]:
         """Runs the engine until it is finished; the new tokens of each text.
 
+        Those of a cancelled request are what it had come to.
+
         Raises:
             BaseException: What ended it: `DeadlineExceeded`, or what went wrong in it.
         """

@@ -48,7 +48,7 @@ def nothing_is_left(engine):
     return (
         engine.cache.num_free_pages == engine.cache.num_pages
         and not (scheduler.running or scheduler.waiting)
-        and not (engine._live or engine._arrivals or engine._departures)
+        and not (engine._live or engine._arrivals or engine._departures or engine._loop._rows)
     )
 
 

@@ -311,7 +311,11 @@ def test_metrics_count_what_was_done(monkeypatch):
         monkeypatch.setattr(module, "monotonic", lambda: float(next(now)))
     engine = small_engine(prefix_reuse=True)
     engine.generate([[5] * 20, [6] * 3], 5, eos_token_id=())
-    engine.generate([[5] * 20], 1, eos_token_id=())
+    request = engine.submit([5] * 20, 1, eos_token_id=())
+    request.result()
+    # One tick each: submitting, a sweep, the choice of its token, the end of its only text.
+    assert (request.time_to_first_token, request.finished_at - request.first_token_at) == (2, 1)
+    assert request.time_per_token is None
     metrics = engine.metrics()
     assert (metrics.finished, metrics.failed, metrics.cancelled) == (3, 0, 0)
     assert (metrics.waiting, metrics.running) == (0, 0)
@@ -378,6 +382,8 @@ def test_a_bad_prompt_in_a_list_begins_none_of_it():
     engine = small_engine()
     with pytest.raises(ValueError, match="is empty"):
         engine.generate([[5], []], 4)
+    with pytest.raises(TypeError, match="a tensor's rows may be padded"):
+        engine.generate(torch.ones(2, 3, dtype=torch.int64), 4)
     assert nothing_is_left(engine)
 
 
