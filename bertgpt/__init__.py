@@ -47,6 +47,8 @@ _EXPORTS = {
     "OutOfPages": "bertgpt.kv_cache",
     "DecodeBatch": "bertgpt.decode_batch",
     "Engine": "bertgpt.engine",
+    "DeadlineExceeded": "bertgpt.engine",
+    "SamplingOptions": "bertgpt.sampling",
 }
 _MODULES = ("ops", "reference", "kernels")
 

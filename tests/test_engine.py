@@ -137,6 +137,19 @@ def test_eight_samples_of_a_long_prompt_take_little_more_than_one():
     assert peaks[1] < 1.3 * peaks[0]
 
 
+@pytest.mark.parametrize(("length", "new"), [(16, 1), (9, 8), (1, 16)])
+def test_a_request_may_take_the_whole_cache(length, new):
+    """The last token is never read, so it needs no room."""
+    engine = small_engine(num_pages=2)
+    requests = [engine.submit([word] * length, new, eos_token_id=()) for word in (5, 6)]
+    for _ in range(2 * (new + 4)):
+        engine.step()
+    assert all(request.finished for request in requests)
+    assert [request.result() for request in requests] == [alone(r) for r in requests]
+    with pytest.raises(ValueError, match="3 pages of 8, and the whole cache has 2"):
+        engine.submit([5] * length, new + 1)
+
+
 def test_the_higher_priority_takes_the_lowers_place():
     engine = small_engine(num_pages=8)
     low = engine.submit([5] * 20, 20, eos_token_id=())
