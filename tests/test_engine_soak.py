@@ -55,7 +55,9 @@ def soak(engine, count, seed=0):
                 live.append(requests[-1])
         if live and rng.random() < 0.05:
             rng.choice(live).cancel()
+        before = engine.metrics().prompt_tokens
         engine.step()
+        assert engine.metrics().prompt_tokens - before <= 16
         assert len(engine._loop.scheduler.running) <= 6
         live = [request for request in live if not request.finished]
     return requests
