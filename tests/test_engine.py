@@ -150,6 +150,17 @@ def test_a_request_may_take_the_whole_cache(length, new):
         engine.submit([5] * length, new + 1)
 
 
+def test_the_last_to_come_gives_way():
+    engine = small_engine(num_pages=5)
+    first, second = (engine.submit([word] * 10, 30, eos_token_id=()) for word in (5, 6))
+    held = set()
+    while engine.step():
+        held.add(first.texts[0].sequence)
+    assert len(held - {None}) == 1, "the first gave up its pages"
+    assert engine.metrics().preemptions > 0
+    assert second.result() == alone(second)
+
+
 def test_the_higher_priority_takes_the_lowers_place():
     engine = small_engine(num_pages=8)
     low = engine.submit([5] * 20, 20, eos_token_id=())
