@@ -155,6 +155,7 @@ def test_only_the_best_beams_may_end_and_the_worst_of_them_gives_way():
     search = Search(BeamOptions(2), StopWhen([9], (), None), 10, [Beam()])
     search.advance([(-1.0, 0, 3, []), (-2.0, 0, 4, []), (-3.0, 0, 9, []), (-4.0, 0, 5, [])])
     assert search.finished == []  # the stop token is third of two
+    assert [beam.tokens for beam in search.running] == [[3], [4]]
     search.advance([(-1.5, 0, 9, []), (-5.0, 1, 9, []), (-6.0, 0, 3, []), (-7.0, 1, 3, [])])
     assert [beam.score for beam in search.finished] == [-0.75, -2.5]
     assert search.done  # −6 over two tokens cannot beat −2.5

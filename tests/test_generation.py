@@ -42,6 +42,17 @@ def test_stops_and_padding_are_stocks():
     assert (ours[:, -1] == 0).any(), "no row ended early: choose other stops"
 
 
+@pytest.mark.parametrize("penalty", [1.3, 5.0])
+def test_a_repetition_penalty_gives_stocks_tokens(penalty):
+    model, stock = twins(gpt, "GPT2LMHeadModel", GPT2, pad_token_id=0)
+    ids, mask = padded([random_ids(n).tolist() for n in (3, 1, 8, 2)], "left")
+    stock.generation_config.eos_token_id = None
+    run = {"attention_mask": mask, "do_sample": False, "repetition_penalty": penalty}
+    theirs = stock.generate(ids, **run, max_new_tokens=14)
+    assert model.generate(ids, 14, eos_token_id=(), **run).equal(theirs)
+    assert not model.generate(ids, 14, attention_mask=mask, eos_token_id=()).equal(theirs)
+
+
 def test_the_mask_is_read_off_the_padding_token_as_in_stock():
     model, _ = twins(gpt, "GPT2LMHeadModel", GPT2, pad_token_id=0)
     ids, mask = padded([random_ids(n).tolist() for n in (3, 1, 5)], "left")

@@ -105,6 +105,7 @@ def test_what_we_save_stock_loads_and_the_reverse(name, values, tmp_path):
     assert set(model.state_dict()) == set(stock.state_dict())
 
 
+@pytest.mark.filterwarnings("error")  # which would name tensors that are left out
 @pytest.mark.parametrize(("name", "values"), FAMILIES)
 def test_old_files_with_buffers_and_bodies_without_a_head_load(name, values, tmp_path):
     _, stock = twins(bertgpt, name, values)
@@ -148,7 +149,7 @@ def test_dropout_falls_where_stocks_does(name, values, which):
     ids = random_ids(2, 6)
     ours, theirs = model.train()(ids)[0], stock.train()(ids)[0]
     assert largest_difference(ours, theirs) <= TOLERANCE
-    assert largest_difference(ours, stock.eval()(ids)[0]) > 0.1
+    assert largest_difference(ours, stock.eval()(ids)[0]) > 100 * TOLERANCE
 
 
 def test_a_local_layer_sees_its_window_only():

@@ -26,7 +26,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "prefix_index",
     ),
     (),  # models, checkpoints, generation
-    ("validate", "doctor", "demo", "cli", "integrations"),
+    ("validate", "doctor", "demo", "cli", "generate_command", "integrations"),
 )
 MODELS = STEPS.index(())
 # Families that may not import even their own step.
