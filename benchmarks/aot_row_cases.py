@@ -207,6 +207,42 @@ def _add_layer_norm_case(name: str, options: dict[str, Any]) -> Case:
     return Case("add_layer_norm", name, partial(_add_layer_norm, **options), NO_MMA)
 
 
+def _sample(*, dtype: torch.dtype) -> object:
+    from bertgpt.kernels.sample import sample
+
+    rows = 64
+    real, whole = (meta(rows, dtype=kind) for kind in (FP32, torch.int64))
+    return sample(
+        meta(rows, 50257, dtype=dtype), temperature=real, top_k=whole, top_p=real, min_p=real,
+        seed=whole, sequence_ids=whole, steps=whole,
+    )  # fmt: skip
+
+
+def _sample_cases() -> Iterator[Case]:
+    for dtype, name in ((BF16, "bf16"), (FP16, "fp16"), (FP32, "fp32")):
+        yield Case("sample", f"50257 {name}", partial(_sample, dtype=dtype), NO_MMA)
+
+
+def _sample_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    yield (capability,)
+
+
+def _pool(*, width: int, pooling: str, dtype: torch.dtype = BF16) -> object:
+    from bertgpt.kernels.pool import pool
+
+    boundaries = meta(129, dtype=torch.int32)
+    return pool(meta(16384, width, dtype=dtype), boundaries, pooling=pooling, normalize=True)
+
+
+def _pool_cases() -> Iterator[Case]:
+    for width, pooling in product((1, 384, 768, 1024, 1600, 8192), ("cls", "mean", "max")):
+        call = partial(_pool, width=width, pooling=pooling)
+        yield Case("pool", f"{width} {pooling} bf16", call, NO_MMA)
+    for pooling in ("mean", "max"):
+        call = partial(_pool, width=768, pooling=pooling, dtype=FP32)
+        yield Case("pool", f"768 {pooling} fp32", call, NO_MMA)
+
+
 def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     tokens = (1, 16, 64, 65, 512, 2048, 16384)
     for (dtype_bytes, ieee), m, aligned in product(
@@ -230,6 +266,11 @@ def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:
         yield capability, width
 
 
+def _pool_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for width in (1, 384, 768, 1024, 1600, 8192):
+        yield capability, width
+
+
 def _add_layer_norm_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     for width in _WIDTHS[:-2]:
         yield capability, width
@@ -241,6 +282,8 @@ CASES: tuple[Case, ...] = (
     *_linear_cross_entropy_cases(),
     *_add_layer_norm_cases(),
     *_add_layer_norm_bwd_cases(),
+    *_sample_cases(),
+    *_pool_cases(),
 )
 
 DOMAINS: Domains = {
@@ -249,4 +292,6 @@ DOMAINS: Domains = {
     "linear_cross_entropy_backward": _linear_cross_entropy_backward_domain,
     "add_layer_norm": _add_layer_norm_domain,
     "add_layer_norm_backward": _add_layer_norm_backward_domain,
+    "sample": _sample_domain,
+    "pool": _pool_domain,
 }

@@ -33,6 +33,7 @@ _EXPORTS = {
     "BertForTokenClassification": "bertgpt.bert",
     "BertForQuestionAnswering": "bertgpt.bert",
     "BertForMultipleChoice": "bertgpt.bert",
+    "SentenceEncoder": "bertgpt.embedding",
     "GPT2Config": "bertgpt.gpt",
     "GPT2Model": "bertgpt.gpt",
     "GPT2LMHeadModel": "bertgpt.gpt",

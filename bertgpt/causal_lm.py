@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bertgpt import objectives
 from bertgpt.generation import GenerationMixin
 from bertgpt.gpt_decoder import Decoder
+from bertgpt.layers import Linear
 from bertgpt.outputs import LogitsOutput
 from bertgpt.packing import pad
 from bertgpt.vocabulary import score
@@ -26,7 +27,7 @@ class CausalLM(GenerationMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.transformer = self.decoder_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

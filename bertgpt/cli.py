@@ -87,11 +87,11 @@ def embed(
     from bertgpt.embedding import SentenceEncoder
 
     lines = _read_lines(file)
-    encoder = SentenceEncoder.from_folder(model, device=as_device(device))
-    token_ids = encoder.tokenise(lines)
+    encoder = SentenceEncoder.from_pretrained(model, device=as_device(device))
+    token_ids = encoder.tokenize(lines)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Embedding", total=len(lines))
-        vectors = encoder.encode(token_ids, lambda count: progress.advance(task, count)).numpy()
+        vectors = encoder.encode_ids(token_ids, lambda count: progress.advance(task, count)).numpy()
     cut = sum(len(ids) == encoder.max_length for ids in token_ids)
     if cut:
         typer.echo(

@@ -13,6 +13,7 @@ CALLS = {
     "linear_gelu": lambda x: ops.linear_gelu(x, randn(8, 16, seed=1), None),
     "gelu_ffn": lambda x: ops.gelu_ffn(x, randn(8, 16, seed=1), None, randn(16, 8, seed=2), None),
     "add_layer_norm": lambda x: ops.add_layer_norm(x, None, randn(16, seed=1), None),
+    "pool": lambda x: ops.pool(x, torch.tensor([0, 1, 3])),
     "attention": lambda x: ops.attention(*(x.view(1, 3, 2, 8),) * 3),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
         x, randn(9, 16, seed=1), None, torch.tensor([1, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from bertgpt.cuda.extension import DTYPES, error_flag, extension, stream_of
 MAX_ROWS = 2**31 - 1  # the grid's
 
 
-def unsupported(*, logits: Tensor, **call: Any) -> str | None:
+def unsupported(call: Mapping[str, Any]) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
-    if logits.shape[0] > MAX_ROWS:
-        return f"{logits.shape[0]} rows are above {MAX_ROWS}"
+    rows, _ = call["logits"].shape
+    if rows > MAX_ROWS:
+        return f"{rows} rows are above {MAX_ROWS}"
     return None
 
 
@@ -53,13 +55,16 @@ def sample(
     arguments: list[float] = []
     kept = []  # copies, until the launch
     for setting in (temperature, top_p, min_p, top_k, seed, sequence_ids, steps):
-        if setting.dim() == 0 and setting.device.type == "cpu":
+        if setting.dim():
+            kept.append(setting.contiguous())
+        elif setting.is_cpu:
             arguments += (0, setting.item())
+            continue
         else:
             kept.append(setting.expand(rows).contiguous())
-            arguments += (kept[-1].data_ptr(), 0)
+        arguments += (kept[-1].data_ptr(), 0)
     extension().sample(
-        logits.data_ptr(), tokens.data_ptr(), error_flag(logits.device), *arguments, rows,
-        logits.stride(0), vocabulary, DTYPES[logits.dtype], stream_of(logits.device),
+        logits.data_ptr(), tokens.data_ptr(), error_flag(logits), *arguments, rows,
+        logits.stride(0), vocabulary, DTYPES[logits.dtype], stream_of(logits),
     )  # fmt: skip
     return tokens

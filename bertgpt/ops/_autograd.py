@@ -1,9 +1,9 @@
 """One autograd rule per op: its backward operator runs on the backend that ran the forward pass.
 
 The backward pass is an operator of its own, `<op>_backward`, so a compiled graph holds one opaque
-call. Where the backend brings a gradient (`Backend.backward`), that runs; where it does not, the
-forward pass is computed again on `torch` (or `reference`, where that was asked for) and
-differentiated. Saved are the inputs, and those outputs that a gradient asks for.
+call. Where the backend brings a gradient (`Backend.backward`), that runs; where it does not, or not
+for this call, the forward pass is computed again on `torch` (or `reference`, where that was asked
+for) and differentiated. Saved are the inputs, and those outputs that a gradient asks for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertgpt.ops._dispatch import LIBRARY, Call, Op
+from bertgpt.ops._backends import Call
+from bertgpt.ops._dispatch import LIBRARY, Op
 
 
 def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> None:

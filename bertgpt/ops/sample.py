@@ -1,4 +1,4 @@
-"""`sample`: draws each row's next token by temperature, top-k and top-p."""
+"""`sample`: draws each row's next token by temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.exact_softmax import MAX_VOCABULARY
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend
 
+_NUMBERS = (int, float)
 _MOST = {
     "temperature": torch.finfo(torch.float32).max,
     "top_k": 2**63 - 1,
@@ -38,10 +40,9 @@ def sample(
     Of the tokens of a row, top-k keeps the likeliest (and those as likely as the last of them),
     then top-p the fewest likeliest whose share of what is left reaches p (of equal logits, the
     lower token first; at least one), then min-p those at least that many times as likely as the
-    likeliest. A token is drawn from the kept ones by their softmax at the
-    temperature and by 64 random bits of (seed, sequence, step): whatever batch the row is in and
-    whichever backend runs, it is the same. `docs/sampling.md` is the exact definition. Carries no
-    gradient.
+    likeliest. A token is drawn from the kept ones by their softmax at the temperature and by 64
+    random bits of (seed, sequence, step): whatever batch the row is in and whichever backend runs,
+    it is the same. `docs/sampling.md` is the exact definition. Carries no gradient.
 
     Each setting is a number for all rows or a tensor with one for each.
 
@@ -55,8 +56,7 @@ def sample(
         seed: 64 bits; int64 [B].
         sequence_ids: What tells the rows' sequences apart, 64 bits; int32 or int64 [B].
         steps: Which of its sequence's tokens is drawn, below 2^32; int32 or int64 [B].
-        backend: "cuda", "torch" or "reference" ("triton" has no kernel); None takes the first that
-            can.
+        backend: "cuda", "triton", "torch" or "reference"; None takes the first that can.
 
     Returns:
         int64 [B]: the tokens.
@@ -116,12 +116,13 @@ def _fraction(name: str, value: Any, logits: Tensor) -> Tensor:
             raise TypeError(f"{name} must be a number or a float32 tensor, not {value.dtype}")
         _check_per_row(name, value, logits)
         return value.detach() if value.requires_grad else value
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number or a float32 tensor, not {value!r}")
     if not (0 <= value <= _MOST[name]) or (name == "top_p" and value == 0):
         raise ValueError(f"{name} {_wanted(name)}, not {value}")
     # A p below 2^-32 keeps one token; float32 would make the smallest ones 0, which is refused.
-    return torch.tensor(max(value, 2.0**-40) if name == "top_p" else value, dtype=torch.float32)
+    value = max(value, 2.0**-40) if name == "top_p" else value
+    return torch.scalar_tensor(value, dtype=torch.float32)
 
 
 def _integer(name: str, value: Any, logits: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def _integer(name: str, value: Any, logits: Tensor) -> Tensor:
             kinds = "an int64" if name == "seed" else "an int32 or int64"
             raise TypeError(f"{name} must be an int or {kinds} tensor, not {value.dtype}")
         _check_per_row(name, value, logits)
-        return value.long()
+        return value if value.dtype == torch.int64 else value.long()
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or a tensor of them, not {value!r}")
     if (name in ("top_k", "steps") and value < 0) or value > _MOST.get(name, value):
@@ -140,10 +141,12 @@ def _integer(name: str, value: Any, logits: Tensor) -> Tensor:
 
 
 def _check_per_row(name: str, value: Tensor, logits: Tensor) -> None:
-    rows = (logits.shape[0],)
-    if value.shape not in ((), rows):
-        raise ValueError(f"{name} must have shape () or [B] = {rows}, not {tuple(value.shape)}")
-    if value.dim() == 1 or value.device.type != "cpu":
+    rows = logits.shape[:1]
+    if value.dim() and value.shape != rows:
+        raise ValueError(
+            f"{name} must have shape () or [B] = {tuple(rows)}, not {tuple(value.shape)}"
+        )
+    if value.dim() or not value.is_cpu:
         checks.check_device(name, value, "logits", logits)
 
 
@@ -178,13 +181,22 @@ def _check_values(call: Call) -> None:
         raise ValueError(f"row {row} of logits holds {what}: it has no softmax to draw from")
 
 
+def _run_kernel(kernels: Any, call: Call) -> Tensor:
+    return kernels.sample(
+        call["logits"], temperature=call["temperature"], top_k=call["top_k"], top_p=call["top_p"],
+        min_p=call["min_p"], seed=call["seed"], sequence_ids=call["sequence_ids"],
+        steps=call["steps"],
+    )  # fmt: skip
+
+
 _OP = Op(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p,"
     " Tensor seed, Tensor sequence_ids, Tensor steps, str? backend) -> Tensor",
     check=_check,
     check_values=_check_values,
     backends={
-        "cuda": cuda_backend("sample", lambda kernels, **call: kernels.sample(**call)),
+        "cuda": cuda_backend("sample", _run_kernel),
+        "triton": triton_backend("sample", _run_kernel),
         "torch": Backend(portable.sample),
         "reference": Backend(reference.sample),
     },
