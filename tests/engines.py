@@ -56,13 +56,14 @@ class Scores:
     """Compares the scores of every step with those of the whole text, read without a cache."""
 
     def __init__(self, monkeypatch):
-        self.worst, self.compared = 0.0, 0
+        self.worst, self.largest, self.compared = 0.0, 0.0, 0
         choose = EngineLoop._choose
 
         def compare(loop, texts, scores):
             for text, row in zip(texts, scores, strict=True):
                 whole = loop._model(torch.tensor([text.tokens])).logits[0, -1]
                 self.worst = max(self.worst, (row - whole).abs().max().item())
+                self.largest = max(self.largest, whole.abs().max().item())
                 self.compared += 1
             return choose(loop, texts, scores)
 

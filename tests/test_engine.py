@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import DRAWN, Scores, alone, nothing_is_left, small_engine, small_model, some_prompts
+from models import genera_ids, needs_genera
 
 from bertgpt import (
     Engine,
@@ -13,6 +14,7 @@ from bertgpt import (
     GPTNeoForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    demo_data,
     engine_loop,
     gpt,
 )
@@ -40,6 +42,19 @@ def test_a_batch_gives_what_generate_gives_alone(options):
     assert texts == [alone(request) for request in requests]
     assert engine.metrics().preemptions > 0, "the cache is too large for this test"
     assert nothing_is_left(engine)
+
+
+@needs_genera
+def test_a_real_checkpoints_scores_are_those_of_the_whole_text(monkeypatch):
+    """Its scores are an order larger than those above, and so are the roundings of their sums."""
+    scores = Scores(monkeypatch)
+    model = gpt.GPT2LMHeadModel.from_pretrained(demo_data.genus_model().folder).eval()
+    engine = small_engine(model, num_pages=15, prefill_tokens=8)
+    requests = [engine.submit(ids, 24, eos_token_id=()) for ids in genera_ids()[:5]]
+    assert [request.result() for request in requests] == [alone(r) for r in requests]
+    assert scores.compared == 5 * 24
+    assert scores.worst < 2e-6 * scores.largest
+    assert engine.metrics().preemptions > 0
 
 
 TINY = {"vocab_size": 61, "initializer_range": 0.3}
