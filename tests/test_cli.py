@@ -23,24 +23,6 @@ CLS, SEP = WORDS.index("[CLS]"), WORDS.index("[SEP]")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bertgpt", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
 def bert(tmp_path: Path) -> Path:
     folder = tmp_path / "bert"
     config = BertConfig(

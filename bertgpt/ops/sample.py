@@ -72,11 +72,7 @@ def sample(
         Curious Case of Neural Text Degeneration", 2020 (top-p); Nguyen et al., "Turning Up the
         Heat: Min-p Sampling for Creative and Coherent LLM Outputs", 2024 (min-p).
     """
-    call = _check(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        seed=seed, sequence_ids=sequence_ids, steps=steps, backend=backend,
-    )  # fmt: skip
-    return _OP(call)
+    return _OP.repeat(logits, temperature, top_k, top_p, min_p, seed, sequence_ids, steps, backend)
 
 
 def _check(
