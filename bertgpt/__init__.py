@@ -47,6 +47,9 @@ _EXPORTS = {
     "PagedKVCache": "bertgpt.kv_cache",
     "OutOfPages": "bertgpt.kv_cache",
     "DecodeBatch": "bertgpt.decode_batch",
+    "Engine": "bertgpt.engine",
+    "DeadlineExceeded": "bertgpt.engine",
+    "SamplingOptions": "bertgpt.sampling",
 }
 _MODULES = ("ops", "reference", "kernels")
 
