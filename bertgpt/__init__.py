@@ -39,6 +39,9 @@ _EXPORTS = {
     "GPT2ForSequenceClassification": "bertgpt.gpt",
     "PagedKVCache": "bertgpt.kv_cache",
     "OutOfPages": "bertgpt.kv_cache",
+    "patch": "bertgpt.integrations.transformers",
+    "unpatch": "bertgpt.integrations.transformers",
+    "PatchReport": "bertgpt.integrations.transformers",
 }
 _MODULES = ("ops", "reference", "kernels")
 
