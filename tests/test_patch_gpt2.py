@@ -146,6 +146,26 @@ def test_a_cache_goes_on_where_it_stopped(kind):
     assert (torch.cat(pieces, 1) - whole).abs()[keep].max() <= TOLERANCE
 
 
+def test_a_static_cache_without_padding():
+    model, ids = gpt2(), torch.arange(12).view(2, 6) + 3
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=9) for _ in range(2)]
+    stock = model(ids, past_key_values=caches[0]).logits
+    bertgpt.patch(model)
+    assert (model(ids, past_key_values=caches[1]).logits - stock).abs().max() <= TOLERANCE
+
+
+def test_a_mask_without_the_cached_tokens():
+    model, inputs = gpt2(), ragged("right")
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    ids, mask = inputs["input_ids"][:, :6], inputs["attention_mask"][:, :6]
+    for cache in caches:
+        model(ids, past_key_values=cache)
+    stock = model(ids, attention_mask=mask, past_key_values=caches[0]).logits
+    bertgpt.patch(model)
+    ours = model(ids, attention_mask=mask, past_key_values=caches[1]).logits
+    assert (ours - stock).abs().max() <= TOLERANCE
+
+
 def test_scales_by_layer_and_cross_attention():
     model, inputs = gpt2(scale_attn_by_inverse_layer_idx=True), ragged("right")
     stock = model(**inputs)

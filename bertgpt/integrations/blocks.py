@@ -35,6 +35,8 @@ class Attention(NamedTuple):
         head_dim: D.
         scale: of the scores.
         causal: whether a query sees the keys up to its own place only.
+        window: how many places back and on it sees, −1 for all; where that is given, causality
+            holds beside a mask as well, counted from the last key. None where masks say it all.
     """
 
     owners: tuple[nn.Module, ...]
@@ -45,6 +47,7 @@ class Attention(NamedTuple):
     head_dim: int
     scale: float
     causal: bool = False
+    window: tuple[int, int] | None = None
 
     def obstacle(self) -> str | None:
         """Why the whole sub-block must be called; None if it need not."""
@@ -73,9 +76,9 @@ class Attention(NamedTuple):
         """Attention and the output projection: `[..., H, D]` each → `[..., E]`."""
         p = self.weights_dropout.p if self.dropping else 0.0
         if isinstance(mask, Packing):
-            mixed = mask.attend(q, k, v, self.scale, p, self.causal)
+            mixed = mask.attend(q, k, v, self.scale, p, self.causal, self.window)
         else:
-            mixed = attend_padded(q, k, v, mask, self.scale, p, self.causal)
+            mixed = attend_padded(q, k, v, mask, self.scale, p, self.causal, self.window)
         return self.out(mixed.flatten(-2))
 
 

@@ -6,6 +6,7 @@ a patched layer is the stock layer, module for module, with another way through.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -127,14 +128,15 @@ class Encoder(Patched):
         """
         packing = None
         if not any(value is not None for value in args):
-            packing = self._packing(hidden_states, attention_mask, kwargs)
+            packing = self.packing(hidden_states, attention_mask, kwargs)
         if packing is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         output = super().forward(packing.enter(hidden_states), packing, **kwargs)
         output["last_hidden_state"] = packing.leave(output["last_hidden_state"])
         return output
 
-    def _packing(self, hidden: Tensor, mask: Any, kwargs: dict[str, Any]) -> Packing | None:
+    def packing(self, hidden: Tensor, mask: Any, kwargs: dict[str, Any]) -> Packing | None:
+        """The tokens that go through the layers packed; None where all go padded."""
         if mask is None or not may_pack(hidden) or collecting():
             return None
         if any(
@@ -143,11 +145,12 @@ class Encoder(Patched):
             return None
         if first_obstacle(module for module in self.modules() if module is not self):
             return None
-        for layer in self._layers():
+        for layer in self.layers():
             if not isinstance(layer, PostNormLayer) or layer.obstacles():
                 return None
         keep = key_padding(mask, hidden)
         return None if keep is None else Packing.of(hidden, keep, column_0=True)
 
-    def _layers(self) -> Any:
+    def layers(self) -> Iterable[Any]:
+        """Every layer once."""
         return self.layer

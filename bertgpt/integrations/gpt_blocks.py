@@ -1,21 +1,20 @@
-"""Decoders as transformers builds them: GPT-2.
+"""The blocks of decoders as transformers builds them: GPT-2, GPT-Neo, and the first GPT.
 
 Each class here stands before a stock class in a subclass of both (`patched.py`), without state.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from bertgpt.integrations.blocks import Attention, FeedForward, Mask, Parts, Patched, add_norm
-from bertgpt.integrations.inspection import collecting, first_obstacle
-from bertgpt.integrations.padding import Packing, may_pack, takes
+from bertgpt.integrations.encoder_blocks import Norm, PostNormLayer
+from bertgpt.integrations.padding import Packing, takes
+
+UNBOUNDED = (-1, -1)
 
 
 class GPT2Block(Patched):
@@ -61,32 +60,31 @@ class GPT2Block(Patched):
                 use_cache=use_cache,
                 **kwargs,
             )
-        attention, feed_forward = self.parts()
-        residual, packed = hidden_states, isinstance(attention_mask, Packing)
-        x = self.ln_1(residual)
-        if packed or (takes(attention_mask, kwargs) and attention.obstacle() is None):
-            q, k, v = attention.project(x)
+        part = self.parts().attention
+        x, mask, dropout = self.ln_1(hidden_states), attention_mask, None
+        if isinstance(mask, Packing) or (takes(mask, kwargs) and part.obstacle() is None):
+            q, k, v = part.project(x)
             if past_key_values is not None:
-                k, v = _remember(past_key_values, k, v, attention_mask, self.attn.layer_idx)
-            x, dropout = attention.mix(q, k, v, attention_mask), self.attn.resid_dropout
+                k, v = remember(past_key_values, k, v, mask, self.attn.layer_idx)
+            x, dropout = part.mix(q, k, v, mask), self.attn.resid_dropout
         else:
-            x, dropout = (
-                self.attn(
-                    x,
-                    past_key_values=past_key_values,
-                    attention_mask=attention_mask,
-                    use_cache=use_cache,
-                    **kwargs,
-                )[0],
-                None,
-            )
-        x, residual = add_norm(x, residual, dropout, self.ln_2, return_sum=True)
-        if packed or feed_forward.obstacle() is None:
-            return self.mlp.dropout(feed_forward(x)) + residual
-        return self.mlp(x) + residual
+            others = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+            x = self.attn(x, attention_mask=mask, **others)[0]
+        return feed_forward(self, x, hidden_states, dropout, mask)
 
 
-def _remember(past: Cache, k: Tensor, v: Tensor, mask: Mask, layer: int) -> tuple[Tensor, Tensor]:
+def feed_forward(
+    block: Any, x: Tensor, residual: Tensor, dropout: nn.Module | None, mask: Mask
+) -> Tensor:
+    """The second half of a pre-norm block: x is what attention gave, `dropout` is still to fall."""
+    part = block.parts().feed_forward
+    x, residual = add_norm(x, residual, dropout, block.ln_2, return_sum=True)
+    if isinstance(mask, Packing) or part.obstacle() is None:
+        return block.mlp.dropout(part(x)) + residual
+    return block.mlp(x) + residual
+
+
+def remember(past: Cache, k: Tensor, v: Tensor, mask: Mask, layer: int) -> tuple[Tensor, Tensor]:
     """Puts keys and values into stock's cache; those to attend to, `[B, S, H, D]` or packed."""
     if isinstance(past, EncoderDecoderCache):
         past = past.self_attention_cache
@@ -97,85 +95,89 @@ def _remember(past: Cache, k: Tensor, v: Tensor, mask: Mask, layer: int) -> tupl
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
-class GPT2Model(Patched):
-    """The decoder without a head: takes padding out before the first block."""
+class GPTNeoBlock(Patched):
+    """GPT-2's block with projections apart, unscaled scores, and a window in every other layer."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the stock model computes, except that padding comes out as zeros.
-
-        Where something looks at the blocks in between, where a block is stock, where the cache
-        holds tokens already, and in graphs of fixed shapes, the tokens go through padded.
-        """
-        # First: a compiler must not look at what follows.
-        if not torch.compiler.is_compiling():
-            call = inspect.signature(super().forward).bind(*args, **kwargs)
-            call.apply_defaults()
-            output = self._forward_packed(**call.arguments)
-            if output is not None:
-                return output
-        return super().forward(*args, **kwargs)
-
-    def _forward_packed(
-        self,
-        input_ids: Tensor | None,
-        past_key_values: Cache | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        kwargs: dict[str, Any],
-        **rest: Any,
-    ) -> Any:
-        """The output where the tokens can go packed; None where they cannot."""
-        padded = input_ids if inputs_embeds is None else inputs_embeds
-        if padded is None or (input_ids is not None and inputs_embeds is not None):
-            return None  # for stock code to refuse
-        return_dict = kwargs.get("return_dict")
-        if any(v is not None for v in rest.values()) or not _plain(kwargs) or collecting():
-            return None
-        if not self._may_pack(padded, attention_mask, past_key_values):
-            return None
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        assert attention_mask is not None
-        packing = Packing.of(padded, attention_mask != 0, column_0=False)
-        x = packing.enter(self._embed(padded, position_ids, token_type_ids))
-        for block in self.h:
-            x = block(x, past_key_values, packing)
-        output = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=packing.leave(self.ln_f(x)),
-            past_key_values=past_key_values if use_cache else None,
+    def parts(self) -> Parts:
+        """Where the block's weights are."""
+        attn, mlp = self.attn.attention, self.mlp
+        local = attn.attention_type == "local"
+        attention = Attention(
+            owners=(self.attn, attn),
+            projections=(attn.q_proj, attn.k_proj, attn.v_proj),
+            out=attn.out_proj,
+            weights_dropout=attn.attn_dropout,
+            dropping=attn.attn_dropout.training,
+            head_dim=attn.head_dim,
+            scale=1.0,
+            causal=True,
+            window=(attn.config.window_size - 1, -1) if local else UNBOUNDED,
         )
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        return Parts(attention, FeedForward((mlp,), mlp.c_fc, mlp.act, mlp.c_proj))
 
-    def _may_pack(self, padded: Tensor, mask: Any, past: Cache | None) -> bool:
-        if not isinstance(mask, Tensor) or mask.shape != padded.shape[:2] or not may_pack(padded):
-            return False
-        if past is not None and (not isinstance(past, Cache) or bool(past.get_seq_length())):
-            return False
-        if any(not isinstance(block, GPT2Block) or block.obstacles() for block in self.h):
-            return False
-        if first_obstacle((*self.h.modules(), self.ln_f)):
-            return False
-        return not bool(mask.all())
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layer_past: Cache | None = None,
+        attention_mask: Mask = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the stock block computes, on padded `[B, L, E]` or packed `[T, E]`."""
+        if output_attentions:
+            return super().forward(
+                hidden_states, layer_past, attention_mask, use_cache, output_attentions, **kwargs
+            )
+        attn, part = self.attn.attention, self.parts().attention
+        x, mask = self.ln_1(hidden_states), attention_mask
+        if isinstance(mask, Packing) or (takes(mask, kwargs) and part.obstacle() is None):
+            q, k, v = part.project(x)
+            if layer_past is not None:
+                k, v = remember(layer_past, k, v, mask, attn.layer_id)
+            x, dropout = part.mix(q, k, v, mask), attn.resid_dropout
+        else:
+            x = self.attn(x, layer_past=layer_past, attention_mask=mask, use_cache=use_cache)[0]
+            dropout = None
+        return feed_forward(self, x, hidden_states, dropout, mask), None
 
-    def _embed(self, padded: Tensor, positions: Tensor | None, types: Tensor | None) -> Tensor:
-        """Embeddings `[B, L, E]`: padded, since they cost no products and may have hooks."""
-        if positions is None:
-            positions = torch.arange(padded.shape[1], device=padded.device)[None]
-        x = (self.wte(padded) if padded.ndim == 2 else padded) + self.wpe(positions)
-        if types is not None:
-            x = x + self.wte(types.view(-1, padded.shape[1]))
-        return self.drop(x)
 
+class OpenAIGPTBlock(PostNormLayer):
+    """GPT-1's block: a post-norm layer, causal."""
 
-def _plain(kwargs: dict[str, Any]) -> bool:
-    """Whether stock's free arguments ask for nothing but a kind of output."""
-    asked = {name for name, value in kwargs.items() if value not in (None, False)}
-    return asked <= {"return_dict"}
+    def parts(self) -> Parts:
+        """Where the block's weights are."""
+        attn, mlp = self.attn, self.mlp
+        head_dim = attn.split_size // attn.n_head
+        attention = Attention(
+            owners=(attn,),
+            projections=(attn.c_attn,),
+            out=attn.c_proj,
+            weights_dropout=attn.attn_dropout,
+            dropping=attn.attn_dropout.training,
+            head_dim=head_dim,
+            scale=head_dim**-0.5 if attn.scale else 1.0,
+            causal=True,
+            window=UNBOUNDED,
+        )
+        return Parts(attention, FeedForward((mlp,), mlp.c_fc, mlp.act, mlp.c_proj))
+
+    def norms(self) -> tuple[Norm, Norm]:
+        """The dropout and the norm after each sub-block."""
+        return (self.attn.resid_dropout, self.ln_1), (self.mlp.dropout, self.ln_2)
+
+    def attend_as_stock(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Calls the stock modules."""
+        return self.ln_1(x + self.attn(x, attention_mask=mask)[0])
+
+    def feed_forward_as_stock(self, x: Tensor) -> Tensor:
+        """Calls the stock modules."""
+        return self.ln_2(x + self.mlp(x))
+
+    def forward(
+        self, x: Tensor, attention_mask: Mask = None, output_attentions: bool = False
+    ) -> list[Tensor]:
+        """What the stock block computes, on padded `[B, L, E]` or packed `[T, E]`."""
+        if output_attentions:
+            return super().forward(x, attention_mask, output_attentions)
+        return [self.run(x, attention_mask, {})]

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 from bertgpt import ops
-from bertgpt.layers import SelfAttend
 from bertgpt.packing import PackedBatch, pad, unpad
+
+Window = tuple[int, int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +62,26 @@ class Packing:
         return pad(packed, self.batch)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dropout_p: float,
+        causal: bool,
+        window: Window,
     ) -> Tensor:
         """Attention within each sequence, `[T, H, D]`."""
-        if self.keys is None:
-            return SelfAttend(self.batch, causal)(q, k, v, 0, scale, dropout_p)
-        rows, keys = self.keys
+        keys = self.batch
+        if self.keys is not None:
+            rows, keys = self.keys
+            k, v = k[rows], v[rows]
         out: Tensor = ops.attention(
             q,
-            k[rows],
-            v[rows],
+            k,
+            v,
+            causal=causal,
+            window=window,
             scale=scale,
             cu_seqlens_q=self.batch.cu_seqlens,
             cu_seqlens_k=keys.cu_seqlens,
@@ -128,6 +139,7 @@ def attend_padded(
     scale: float,
     dropout_p: float,
     causal: bool,
+    window: Window,
 ) -> Tensor:
     """Attention of padded tokens as stock's SDPA path means it.
 
@@ -140,11 +152,13 @@ def attend_padded(
         dropout_p: of the attention weights.
         causal: what holds where there is no mask: every query sees the keys up to its own place,
             which is counted from the first key; a lone query sees them all.
+        window: of places seen; given, causality holds beside a mask too, as the op means it.
     """
-    causal = causal and mask is None and q.shape[1] > 1
-    if causal and k.shape[1] > q.shape[1]:  # the empty slots of a static cache
-        k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-    if mask is not None:
-        mask = mask[..., : k.shape[1]]
-    out: Tensor = ops.attention(q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p)
+    if window is None:
+        causal = causal and mask is None and q.shape[1] > 1
+        if causal and k.shape[1] > q.shape[1]:  # the empty slots of a static cache
+            k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    out: Tensor = ops.attention(
+        q, k, v, mask=mask, causal=causal, window=window, scale=scale, dropout_p=dropout_p
+    )
     return out

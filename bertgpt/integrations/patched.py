@@ -15,18 +15,33 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
-from bertgpt.integrations import encoder_blocks, gpt_blocks
+from bertgpt.integrations import decoders, encoder_blocks, gpt_blocks
+from bertgpt.integrations import encoder_families as families
 from bertgpt.integrations.blocks import Patched
 
-_BERT_LIKE = {
-    "bert": "Bert",
-}
 # Stock class, by name: its module, and what goes before it.
 _KNOWN: dict[str, tuple[str, type[Patched]]] = {
+    "TransformerBlock": ("distilbert", families.DistilBertLayer),
+    "Transformer": ("distilbert", encoder_blocks.Encoder),
+    "AlbertLayer": ("albert", families.AlbertLayer),
+    "AlbertTransformer": ("albert", families.AlbertEncoder),
+    "MPNetLayer": ("mpnet", families.MPNetLayer),
+    "MPNetEncoder": ("mpnet", families.MPNetEncoder),
     "GPT2Block": ("gpt2", gpt_blocks.GPT2Block),
-    "GPT2Model": ("gpt2", gpt_blocks.GPT2Model),
+    "GPT2Model": ("gpt2", decoders.GPT2Model),
+    "GPTNeoBlock": ("gpt_neo", gpt_blocks.GPTNeoBlock),
+    "GPTNeoModel": ("gpt_neo", decoders.GPTNeoModel),
+    "Block": ("openai", gpt_blocks.OpenAIGPTBlock),
+    "OpenAIGPTModel": ("openai", decoders.OpenAIGPTModel),
 }
-for _module, _prefix in _BERT_LIKE.items():
+for _module, _prefix in (
+    ("bert", "Bert"),
+    ("camembert", "Camembert"),
+    ("electra", "Electra"),
+    ("ernie", "Ernie"),
+    ("roberta", "Roberta"),
+    ("xlm_roberta", "XLMRoberta"),
+):
     _KNOWN[f"{_prefix}Layer"] = (_module, encoder_blocks.BertLayer)
     _KNOWN[f"{_prefix}Encoder"] = (_module, encoder_blocks.Encoder)
 
