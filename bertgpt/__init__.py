@@ -41,6 +41,7 @@ _EXPORTS = {
     "OutOfPages": "bertgpt.kv_cache",
     "patch": "bertgpt.integrations.transformers",
     "unpatch": "bertgpt.integrations.transformers",
+    "register": "bertgpt.integrations.transformers",
     "PatchReport": "bertgpt.integrations.transformers",
 }
 _MODULES = ("ops", "reference", "kernels")

@@ -26,7 +26,7 @@ from patching import (
 from torch import nn
 
 import bertgpt
-from bertgpt.integrations import patch as patching_module
+from bertgpt.integrations.blocks import Patched
 
 MODELS = {"BertForMaskedLM": bert, "GPT2LMHeadModel": gpt2}
 
@@ -364,10 +364,11 @@ def test_a_block_of_another_class_is_not_known():
 @pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "6.0.0"])
 def test_versions_that_are_not_known(version, monkeypatch):
     model = bert()
-    monkeypatch.setattr(patching_module.transformers, "__version__", version)
-    with pytest.raises(RuntimeError, match=rf"transformers {version} is not known.*from 5\.23"):
-        bertgpt.patch(model)
-    assert not any(isinstance(m, patching_module.Patched) for m in model.modules())
+    monkeypatch.setattr(transformers, "__version__", version)
+    for call in (lambda: bertgpt.patch(model), bertgpt.register):
+        with pytest.raises(RuntimeError, match=rf"{version} is not known here.*from 5\.23"):
+            call()
+    assert not any(isinstance(m, Patched) for m in model.modules())
 
 
 def test_a_patched_block_that_became_something_else():
@@ -377,7 +378,7 @@ def test_a_patched_block_that_became_something_else():
     layer.__class__ = type("Sharded", (type(layer),), {})
     with pytest.raises(ValueError, match=r"encoder\.layer\.1 was patched and has become a Sharded"):
         bertgpt.unpatch(model)
-    assert isinstance(model.encoder, patching_module.Patched), "nothing has changed"
+    assert isinstance(model.encoder, Patched), "nothing has changed"
 
 
 def test_the_report_is_a_table():

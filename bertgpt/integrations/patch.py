@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import transformers
-from packaging.version import Version
 from torch import nn
 
 from bertgpt.integrations.blocks import Patched
 from bertgpt.integrations.patched import MODELS, patched_class, stock_class
 from bertgpt.integrations.report import PatchReport, Replaced, Skipped
-
-OLDEST, BEYOND = "5.23", "6"
+from bertgpt.integrations.versions import check_version
 
 
 def patch(model: nn.Module) -> PatchReport:
@@ -97,12 +94,7 @@ def unpatch(model: nn.Module) -> PatchReport:
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch module, not {type(model).__name__}")
-    installed = Version(transformers.__version__)
-    if not Version(OLDEST) <= installed < Version(BEYOND):
-        raise RuntimeError(
-            f"transformers {transformers.__version__} is not known: patch goes by the blocks of "
-            f"versions from {OLDEST} up to {BEYOND}"
-        )
+    check_version()
 
 
 def _left(path: str, module: nn.Module) -> list[Skipped]:

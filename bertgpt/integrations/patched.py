@@ -77,7 +77,7 @@ def _home(module: str) -> str:
 def _made(name: str) -> type[Patched]:
     module, before = _KNOWN[name]
     stock = getattr(import_module(_home(module)), name)
-    made = type(name, (before, stock), {"__module__": __name__, "__doc__": stock.__doc__})
+    made = type(name, (before, stock), {"__doc__": stock.__doc__})
     if issubclass(stock, PreTrainedModel):
         # Kept by the class's text, which is another here.
         registry = output_capturing._CAN_RECORD_REGISTRY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bertgpt.integrations.patch import patch, unpatch
+from bertgpt.integrations.register import register
 from bertgpt.integrations.report import PatchReport
 
-__all__ = ["PatchReport", "patch", "unpatch"]
+__all__ = ["PatchReport", "patch", "register", "unpatch"]
