@@ -288,6 +288,30 @@ def test_what_stands_in_a_linear_layers_place_is_called(model, kind):
     assert_same_gradients(ours, expected)
 
 
+class Quantised(nn.Parameter):
+    """A weight of another kind in a plain linear layer: only `linear` knows what it holds."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is nn.functional.linear:
+                x, weight, *rest = args
+                return function(x, weight * 2, *rest, **(kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+
+def test_weights_of_another_kind():
+    model, inputs = bert(), ragged("right")
+    dense = model.encoder.layer[0].intermediate.dense
+    plain = model(**inputs).last_hidden_state
+    dense.weight = Quantised(dense.weight.detach())
+    stock = model(**inputs)
+    assert (stock.last_hidden_state - plain).abs().max() > 0.1
+    bertgpt.patch(model)
+    with torch.no_grad():
+        assert_close(model(**inputs), stock, inputs["attention_mask"])
+
+
 def test_parametrised_and_tied_weights(model):
     encoder = hasattr(model, "bert")
     inputs, block = ragged("left"), blocks(model)[0]

@@ -66,6 +66,22 @@ def test_gradients(name, checkpointing):
     assert_same_gradients(ours, stock)
 
 
+def test_dropout_falls_as_the_modules_say():
+    model, inputs = gpt2("GPT2Model"), ragged("right")
+    bertgpt.patch(model)
+    still = model(**inputs).last_hidden_state
+    assert torch.equal(still, model(**inputs).last_hidden_state)
+    block = model.h[0]
+    for dropout in (block.attn.resid_dropout, block.mlp.dropout, model.drop):
+        dropout.train().p = 0.5
+        assert not torch.equal(still, model(**inputs).last_hidden_state)
+        dropout.eval()
+    block.attn.train()
+    block.attn.resid_dropout.eval()
+    block.attn.attn_dropout.p = 0.5
+    assert not torch.equal(still, model(**inputs).last_hidden_state)
+
+
 @pytest.mark.parametrize("extra", [{}, {"token_type_ids": 1}, {"position_ids": 1}])
 def test_embeddings_of_every_kind(extra):
     model, inputs = gpt2("GPT2Model"), ragged("both")

@@ -19,6 +19,7 @@ from bertgpt.integrations.inspection import (
     unread,
 )
 from bertgpt.integrations.padding import Packing, attend_padded
+from bertgpt.ops._checks import autocasting
 
 Mask = Packing | Tensor | None
 
@@ -156,7 +157,7 @@ def add_norm(
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device_type):
+    if autocasting(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
