@@ -129,6 +129,53 @@ def _attention_backward_cases() -> Iterator[Case]:
     yield Case("attention_backward", "packed causal d64 tf32", partial(with_tf32, call), NARROW_MMA)
 
 
+def _attention_dmask(
+    *,
+    dim: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    dropout: bool = False,
+    causal: bool = False,
+    lengths: bool = False,
+    kv_heads: int = 12,
+) -> object:
+    from bertgpt.kernels.attention_call import attention_call
+    from bertgpt.kernels.attention_dmask import attention_dmask
+
+    batch, length, heads = 32, 512, 12
+    q = meta(batch, length, heads, dim, dtype=dtype)
+    k, v = (meta(batch, length, kv_heads, dim, dtype=dtype) for _ in range(2))
+    mask = meta(*shape, dtype=FP32).expand(batch, heads, length, length)
+    rows = (batch, heads, length)
+    call = attention_call(
+        q, k, mask=mask,
+        key_lengths=meta(batch, dtype=torch.int32) if lengths else None,
+        causal=causal, window=(-1, -1), cu_seqlens_q=None, cu_seqlens_k=None,
+        max_seqlen_q=None, max_seqlen_k=None,
+        dropout_p=0.1 if dropout else 0.0, seed=meta(dtype=torch.int64) if dropout else None,
+    )  # fmt: skip
+    statistics = meta(*rows, 2, dtype=FP32), meta(*rows, dtype=FP32)
+    aligned = dim * dtype.itemsize % 16 == 0
+    return attention_dmask(q, k, v, mask, q, *statistics, shape, dim**-0.5, call, aligned)
+
+
+def _attention_dmask_cases() -> Iterator[Case]:
+    per_pair, per_key = (1, 12, 512, 512), (32, 1, 1, 512)
+    others: dict[str, Any] = {"causal": True, "lengths": True, "dropout": True, "kv_heads": 3}
+    sizes = (*product((64, 128, 256), (BF16, FP32)), (31, BF16), (255, BF16))
+    variants: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
+        ("mask of pairs", dim, dtype, {"shape": per_pair}) for dim, dtype in sizes
+    ]
+    variants.append(("mask of keys", 64, BF16, {"shape": per_key}))
+    for dim in (64, 128, 256):
+        variants.append(("mask of pairs, all others", dim, BF16, {"shape": per_pair, **others}))
+    for name, dim, dtype, options in variants:
+        matrix = WIDE_MMA if dim in (64, 128) else NARROW_MMA
+        call = partial(_attention_dmask, dim=dim, dtype=dtype, **options)
+        label = f"{name} d{dim} {NAMES[dtype]}"
+        yield Case("attention_dmask", label, call, matrix_of(dtype, matrix))
+
+
 def _attention_case(
     name: str,
     dim: int,
@@ -239,6 +286,11 @@ def _attention_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
         yield gradient, *arguments
 
 
+def _attention_dmask_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for dim, dtype_bytes, aligned in product((16, 64, 80, 128, 256), (2, 4), (False, True)):
+        yield capability, dim, dtype_bytes, aligned
+
+
 def _paged_write_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     for tokens, dim, dtype_bytes in product((1, 256, 16384), (16, 64, 80, 128, 256), (2, 4)):
         yield capability, tokens, 12, dim, dtype_bytes
@@ -252,6 +304,7 @@ def _paged_attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
 CASES: tuple[Case, ...] = (
     *_attention_cases(),
     *_attention_backward_cases(),
+    *_attention_dmask_cases(),
     *_paged_write_cases(),
     *_paged_attention_cases(),
 )
@@ -259,6 +312,7 @@ CASES: tuple[Case, ...] = (
 DOMAINS: Domains = {
     "attention": _attention_domain,
     "attention_backward": _attention_backward_domain,
+    "attention_dmask": _attention_dmask_domain,
     "paged_write": _paged_write_domain,
     "paged_attention": _paged_attention_domain,
 }

@@ -207,6 +207,22 @@ def _add_layer_norm_case(name: str, options: dict[str, Any]) -> Case:
     return Case("add_layer_norm", name, partial(_add_layer_norm, **options), NO_MMA)
 
 
+def _pool(*, width: int, pooling: str, dtype: torch.dtype = BF16) -> object:
+    from bertgpt.kernels.pool import pool
+
+    boundaries = meta(129, dtype=torch.int32)
+    return pool(meta(16384, width, dtype=dtype), boundaries, pooling=pooling, normalize=True)
+
+
+def _pool_cases() -> Iterator[Case]:
+    for width, pooling in product((1, 384, 768, 1024, 1600, 8192), ("cls", "mean", "max")):
+        call = partial(_pool, width=width, pooling=pooling)
+        yield Case("pool", f"{width} {pooling} bf16", call, NO_MMA)
+    for pooling in ("mean", "max"):
+        call = partial(_pool, width=768, pooling=pooling, dtype=FP32)
+        yield Case("pool", f"768 {pooling} fp32", call, NO_MMA)
+
+
 def _linear_gelu_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     tokens = (1, 16, 64, 65, 512, 2048, 16384)
     for (dtype_bytes, ieee), m, aligned in product(
@@ -230,6 +246,11 @@ def _add_layer_norm_domain(capability: int) -> Iterator[tuple[Any, ...]]:
         yield capability, width
 
 
+def _pool_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    for width in (1, 384, 768, 1024, 1600, 8192):
+        yield capability, width
+
+
 def _add_layer_norm_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
     for width in _WIDTHS[:-2]:
         yield capability, width
@@ -241,6 +262,7 @@ CASES: tuple[Case, ...] = (
     *_linear_cross_entropy_cases(),
     *_add_layer_norm_cases(),
     *_add_layer_norm_bwd_cases(),
+    *_pool_cases(),
 )
 
 DOMAINS: Domains = {
@@ -249,4 +271,5 @@ DOMAINS: Domains = {
     "linear_cross_entropy_backward": _linear_cross_entropy_backward_domain,
     "add_layer_norm": _add_layer_norm_domain,
     "add_layer_norm_backward": _add_layer_norm_backward_domain,
+    "pool": _pool_domain,
 }

@@ -59,6 +59,17 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
+def one_line(device: str) -> str:
+    """The device, versions, the commit, the time and how busy the machine is, as a sentence."""
+    here = describe(device)
+    changed = " with changes" if here["dirty"] else ""
+    return (
+        f"{here['device']}, Python {here['python']}, torch {here['packages']['torch']}, "
+        f"commit {here['commit']}{changed}, {here['when']}, load {os.getloadavg()[0]:.0f} on "
+        f"{here['cores']} cores."
+    )
+
+
 def commit() -> dict[str, Any]:
     """The checkout's commit, and whether tracked files differ from it; None outside git."""
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")

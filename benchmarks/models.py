@@ -19,6 +19,12 @@ from bertgpt.benchmarks.case import importable
 BERT = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "bert-mini": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 4000,
+    },
     "bert-tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 2,

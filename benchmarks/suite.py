@@ -23,6 +23,7 @@ FILES = (
     "bench_linear_cross_entropy",
     "bench_add_layer_norm",
     "bench_embeddings",
+    "bench_pool",
     "bench_paged_attention",
     "bench_paged_write",
     "bench_sample",

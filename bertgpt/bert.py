@@ -22,9 +22,10 @@ from bertgpt.bert_encoder import (
 from bertgpt.checkpoint import map_keys
 from bertgpt.configuration import refuse, require
 from bertgpt.door import Run, leave
-from bertgpt.layers import ACTIVATIONS, AddNorm
+from bertgpt.layers import ACTIVATIONS, AddNorm, Dropout
 from bertgpt.outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from bertgpt.packing import PackedBatch
+from bertgpt.vocabulary import score
 
 __all__ = [
     "BertConfig",
@@ -41,7 +42,7 @@ __all__ = [
 
 
 class PredictionHead(nn.Module):
-    """Scores of every word for every token: dense, GELU, LayerNorm, decoder."""
+    """Dense, GELU and LayerNorm, and the decoder that scores every word for what comes out."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -53,10 +54,10 @@ class PredictionHead(nn.Module):
         map_keys(self, {"dense": "transform.dense", "norm": "transform.LayerNorm"})
 
     def forward(self, x_TE: Tensor) -> Tensor:
-        """`[T, E]` → `[T, V]`."""
+        """`[T, E]` → `[T, E]`: what the decoder reads."""
         dense = self.dense
         x_TE = ops.linear_gelu(x_TE, dense.weight, dense.bias, approximate=self.approximate)
-        return self.decoder(self.norm(x_TE))
+        return self.norm(x_TE)
 
 
 class _Head(BertPreTrainedModel):
@@ -73,7 +74,7 @@ class _Head(BertPreTrainedModel):
     def _build(self, config: BertConfig) -> None:
         """Adds dropout and a classifier of `num_labels` classes."""
         p = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if p is None else p)
+        self.dropout = Dropout(config.hidden_dropout_prob if p is None else p)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def _score(self, run: Run, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +122,15 @@ class _TiedHead(_Head):
     def _predictions(self) -> PredictionHead:
         return cast(PredictionHead, self.cls["predictions"])
 
+    def _words(
+        self, run: Run, labels: Tensor | None, skip_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Scores of every word for every token, or None, and the loss."""
+        head = self._predictions
+        if labels is not None:
+            labels = objectives.token_labels("labels", labels, run.batch)
+        return score(head(run.last), head.decoder, labels, run.batch, skip_logits)
+
     def get_output_embeddings(self) -> nn.Linear:
         """The decoder over the vocabulary."""
         return self._predictions.decoder
@@ -151,20 +161,26 @@ class BertForMaskedLM(_TiedHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool = False,
     ) -> Any:
-        """As the other heads; both `encoder_` arguments are refused."""
+        """As the other heads; both `encoder_` arguments are refused.
+
+        With `skip_logits` the loss alone comes back, in a fraction of the memory: only labelled
+        tokens are scored, and their scores are never whole in memory.
+        """
         refuse(
             ENCODER_ALONE,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        options = (output_attentions, output_hidden_states, return_dict)
-        return super().forward(*inputs, labels, *options)
-
-    def _score(self, run: Run, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logits = self._predictions(run.last)
-        return leave(logits, run.batch), _token_loss(logits, labels, run.batch)
+        run = self.bert.run(
+            (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
+            output_attentions,
+            output_hidden_states,
+        )
+        logits, loss = self._words(run, labels, skip_logits)
+        output = LogitsOutput(loss=loss, logits=logits, hidden_states=run.every_layer)
+        return self._finish(output, return_dict)
 
 
 class BertForNextSentencePrediction(_Head):
@@ -263,23 +279,28 @@ class BertForPreTraining(_TiedHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool = False,
     ) -> Any:
-        """Both heads' scores; with `labels` and `next_sentence_label`, the sum of their losses."""
+        """Both heads' scores; with `labels` and `next_sentence_label`, the sum of their losses.
+
+        `skip_logits` is as in `BertForMaskedLM`, and leaves `prediction_logits` out.
+        """
         run = self.bert.run(
             (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
             output_attentions,
             output_hidden_states,
         )
-        words = self._predictions(run.last)
+        if next_sentence_label is None:
+            labels = None  # as transformers: no loss without both
+        words, loss = self._words(run, labels, skip_logits)
         following = self.cls["seq_relationship"](self._pooled(run))
-        loss = None if next_sentence_label is None else _token_loss(words, labels, run.batch)
         if loss is not None and next_sentence_label is not None:
             loss = loss + objectives.cross_entropy(
                 following, next_sentence_label, "next_sentence_label"
             )
         output = PreTrainingOutput(
             loss=loss,
-            prediction_logits=leave(words, run.batch),
+            prediction_logits=words,
             seq_relationship_logits=following,
             hidden_states=run.every_layer,
         )

@@ -10,13 +10,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertgpt.checkpoint import KeyTable, map_keys
 from bertgpt.configuration import PretrainedConfig, check_shapes, refuse, require
 from bertgpt.door import Limits, Run, enter, leave
-from bertgpt.layers import ACTIVATIONS, AddNorm, Embeddings, FeedForward, SelfAttend, SelfAttention
+from bertgpt.layers import (
+    ACTIVATIONS,
+    AddNorm,
+    Block,
+    Dropout,
+    Embeddings,
+    FeedForward,
+    SelfAttend,
+    SelfAttention,
+)
 from bertgpt.outputs import BaseModelOutput
 from bertgpt.packing import PackedBatch
 from bertgpt.pretrained import PreTrainedModel
@@ -50,7 +58,7 @@ class BertConfig(PretrainedConfig):
     position_embedding_type: str = "absolute"
 
 
-class BertLayer(nn.Module):
+class BertLayer(Block):
     """Attention, then the feed-forward network, each followed by add-and-norm."""
 
     def __init__(self, config: BertConfig, layer: int) -> None:
@@ -78,7 +86,7 @@ class BertLayer(nn.Module):
         }
         map_keys(self, table)
 
-    def forward(self, x_TE: Tensor, attend: SelfAttend) -> Tensor:
+    def compute(self, x_TE: Tensor, attend: SelfAttend) -> Tensor:
         """`[T, E]` → `[T, E]`."""
         x_TE = self.attention_norm(self.attention(x_TE, attend), x_TE)
         return self.feed_forward_norm(self.feed_forward(x_TE), x_TE)
@@ -121,6 +129,7 @@ class BertModel(BertPreTrainedModel):
             config.pad_token_id,
         )
         self.embeddings_norm = AddNorm(width, config.layer_norm_eps)
+        self.embeddings_dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
         self.pooler = nn.Linear(width, width) if add_pooling_layer else None
         table = {
@@ -136,7 +145,7 @@ class BertModel(BertPreTrainedModel):
         x_TE = self.embeddings_norm(
             *self.embeddings(batch.values, batch.positions(), batch.token_type_ids)
         )
-        x_TE = F.dropout(x_TE, self.config.hidden_dropout_prob, self.training)
+        x_TE = self.embeddings_dropout(x_TE)
         attend, states = SelfAttend(batch), []
         for layer in self.layers:
             if every_layer:

@@ -26,7 +26,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that older checkpoints carry and that are computed here.
 _IGNORED = re.compile(
-    r"(^|\.)(embeddings\.position_ids|embeddings\.token_type_ids|attn\.bias|attn\.masked_bias)$"
+    r"(^|\.)(position_ids|embeddings\.token_type_ids|attn\.(attention\.)?(masked_)?bias)$"
 )
 
 KeyTable = Mapping[str, str | tuple[str, ...]]

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bertgpt import bench
+from bertgpt import bench, generate_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Fused attention, GELU FFN and paged decoding for BERT and GPT-2.",
 )
 app.add_typer(bench.app, name="bench")
+app.command()(generate_command.generate)
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if any.")]
 
 
@@ -49,7 +50,7 @@ def validate(
     """Measure the error of every op, backend and dtype against the float64 reference."""
     from bertgpt import validate as validation
 
-    rows = validation.run(op=op, device=None if device is None else _device(device))
+    rows = validation.run(op=op, device=None if device is None else as_device(device))
     validation.print_table(rows)
     raise typer.Exit(0 if all(row.verdict != "FAIL" for row in rows) else 1)
 
@@ -86,11 +87,11 @@ def embed(
     from bertgpt.embedding import SentenceEncoder
 
     lines = _read_lines(file)
-    encoder = SentenceEncoder.from_folder(model, device=_device(device))
-    token_ids = encoder.tokenise(lines)
+    encoder = SentenceEncoder.from_pretrained(model, device=as_device(device))
+    token_ids = encoder.tokenize(lines)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Embedding", total=len(lines))
-        vectors = encoder.encode(token_ids, lambda count: progress.advance(task, count)).numpy()
+        vectors = encoder.encode_ids(token_ids, lambda count: progress.advance(task, count)).numpy()
     cut = sum(len(ids) == encoder.max_length for ids in token_ids)
     if cut:
         typer.echo(
@@ -110,32 +111,6 @@ def embed(
         typer.echo(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers", err=True)
 
 
-@app.command()
-def generate(
-    model: Annotated[Path, _folder("Folder of a GPT-2 checkpoint.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; needs a tokenizer.")] = None,
-    prompt_ids: Annotated[str | None, typer.Option(help="Token ids to continue, as 1,2,3.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    stop_token: Annotated[
-        int | None, typer.Option(help="Id to stop at; by default the config's eos_token_id.")
-    ] = None,
-    device: Device = None,
-) -> None:
-    """Continue a prompt greedily on a paged KV cache; prints text for text, ids for ids."""
-    if (prompt is None) == (prompt_ids is None):
-        raise typer.BadParameter("give one of --prompt and --prompt-ids")
-    from bertgpt.gpt import GPT2LMHeadModel
-    from bertgpt.text import load_tokenizer
-
-    tokenizer = None if prompt is None else load_tokenizer(model)
-    ids = _parse_ids(prompt_ids) if tokenizer is None else tokenizer.encode(prompt).ids
-    if not ids:
-        raise ValueError("the prompt holds no token: give it some text")
-    gpt = GPT2LMHeadModel.from_pretrained(model).to(_device(device))
-    (tokens,) = gpt.generate([ids], max_new_tokens, eos_token_id=stop_token)
-    typer.echo(",".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens))
-
-
 def _read_lines(file: Path) -> list[str]:
     """The file's lines; an empty line is a text too, so that vectors and lines keep step."""
     try:
@@ -148,15 +123,7 @@ def _read_lines(file: Path) -> list[str]:
     return lines
 
 
-def _parse_ids(text: str | None) -> list[int]:
-    try:
-        return [int(part) for part in (text or "").split(",")]
-    except ValueError:
-        message = f"{text!r} is no list of token ids such as 1,2,3"
-        raise typer.BadParameter(message, param_hint="--prompt-ids") from None
-
-
-def _device(name: str | None) -> str:
+def as_device(name: str | None) -> str:
     """A device that torch can use: the one named, or a GPU if there is one."""
     import torch
 

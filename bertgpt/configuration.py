@@ -20,7 +20,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(init=False, eq=False)
 class PretrainedConfig:
-    """Fields common to both families, under Hugging Face's names and with its defaults.
+    """Fields common to all families, under Hugging Face's names and with its defaults.
 
     Keys that are not fields are kept as attributes and written back, so that a folder that passes
     through here loses nothing.
@@ -144,7 +144,7 @@ def refuse(instead: str, **arguments: Any) -> None:
         require(not given, name, _GIVEN, instead)
 
 
-_MAY_BE_ZERO = ("num_hidden_layers", "n_layer", "type_vocab_size")
+_MAY_BE_ZERO = ("num_hidden_layers", "n_layer", "num_layers", "type_vocab_size")
 _NOT_DONE = {
     "quantization_config": "load full-precision weights",
     "pruned_heads": "load a checkpoint with all its heads",
@@ -173,7 +173,13 @@ def _check_numbers(config: Any) -> None:
             require(magnitude, known.name, value, "it must be a finite number, not negative")
 
 
-def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> None:
+def check_shapes(
+    config: Any,
+    width: int,
+    heads: int,
+    activation_field: str,
+    activations: Mapping[str, str] = ACTIVATIONS,
+) -> None:
     """Refuses what no model here does.
 
     Raises:
@@ -203,12 +209,13 @@ def check_shapes(config: Any, width: int, heads: int, activation_field: str) -> 
     )
     activation = getattr(config, activation_field)
     require(
-        isinstance(activation, str) and activation in ACTIVATIONS,
+        isinstance(activation, str) and activation in activations,
         activation_field,
         activation,
-        f"choose one of {', '.join(ACTIVATIONS)}",
+        f"choose one of {', '.join(activations)}",
     )
-    require(not config.add_cross_attention, "add_cross_attention", True, "models attend to self")
+    crosses = getattr(config, "add_cross_attention", False)
+    require(not crosses, "add_cross_attention", True, "models attend to self")
     require(
         not config.output_attentions,
         "output_attentions",

@@ -142,11 +142,11 @@ def compare_search(
     """Embeds the corpus both ways, answers the queries, times two ragged batches."""
     step("Loading MiniLM")
     folder = minilm_folder()
-    encoder = SentenceEncoder.from_folder(folder, device=device)
+    encoder = SentenceEncoder.from_pretrained(folder, device=device)
     stock = transformers.BertModel.from_pretrained(folder, attn_implementation="eager")
     stock = stock.to(device).eval()
-    ids = encoder.tokenise([sentence.text for sentence in corpus])
-    queries = encoder.tokenise(QUERIES)
+    ids = encoder.tokenize([sentence.text for sentence in corpus])
+    queries = encoder.tokenize(QUERIES)
     recorder = BackendRecorder()
 
     step("Embedding news sentences")

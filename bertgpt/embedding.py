@@ -1,4 +1,4 @@
-"""Sentences to vectors, as a sentence-transformers folder describes: tokenise, encode, pool.
+"""Sentences to vectors, as a sentence-transformers folder describes: tokenize, encode, pool.
 
 A plain BERT folder works too: the mean over all tokens, scaled to length 1.
 """
@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
+from bertgpt import ops
 from bertgpt.bert import BertModel
 from bertgpt.checkpoint import read_json
 from bertgpt.packing import PackedBatch, pack
@@ -35,48 +38,85 @@ class SentenceEncoder:
         model: The encoder.
         tokenizer: One of the `tokenizers` library.
         pooling: "mean", "max" or "cls".
-        normalise: Whether vectors are scaled to length 1.
+        normalize: Whether vectors are scaled to length 1.
         max_length: Longest input in tokens; what is longer is cut there.
     """
 
     model: BertModel
     tokenizer: Any
     pooling: str
-    normalise: bool
+    normalize: bool
     max_length: int
 
     @classmethod
-    def from_folder(cls, folder: Path, *, device: str = "cpu") -> SentenceEncoder:
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu"
+    ) -> SentenceEncoder:
         """Loads config.json, model.safetensors, the tokenizer and, if there, the pooling.
 
         Raises:
             FileNotFoundError: A file is missing.
             ValueError: A file is broken, or asks for what is not done here.
         """
-        pooling, normalise = _read_modules(folder)
+        folder = Path(folder)
+        pooling, normalize = _read_modules(folder)
         tokenizer = load_tokenizer(folder)
         with warnings.catch_warnings():
             # Many such checkpoints hold no pooler, and vectors do not come from it.
             warnings.filterwarnings("ignore", message=".* has no weights for pooler")
             model = BertModel.from_pretrained(folder).to(device)
         model.pooler = None
+        words, vocabulary = model.config.vocab_size, tokenizer.get_vocab_size()
+        if vocabulary > words:
+            raise ValueError(
+                f"{folder}: its tokenizer has {vocabulary} tokens, but its model embeds {words}; "
+                "one of them belongs to another folder"
+            )
         limit = model.config.max_position_embeddings
         max_length = min(limit, _read_longest(folder / "sentence_bert_config.json") or limit)
         tokenizer.enable_truncation(max_length)
-        return cls(model, tokenizer, pooling, normalise, max_length)
+        return cls(model, tokenizer, pooling, normalize, max_length)
 
-    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
-
-    @torch.inference_mode()
-    def encode(
-        self, token_ids: Sequence[list[int]], done: Callable[[int], object] = lambda count: None
-    ) -> Tensor:
+    def encode(self, texts: str | Sequence[str], *, progress: bool = False) -> Tensor:
         """One vector a text.
 
         Args:
-            token_ids: As `tokenise` returns them.
+            texts: Any number of texts, or one.
+            progress: Whether to show a progress bar, on stderr.
+
+        Returns:
+            Float32 `[texts, E]` on the CPU, in the order given; `[E]` for one text.
+
+        Raises:
+            TypeError: A text is no string.
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], progress=progress)[0]
+        token_ids = self.tokenize(texts)
+        with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+            task = bar.add_task("Embedding", total=len(token_ids))
+            return self.encode_ids(token_ids, lambda count: bar.advance(task, count))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included.
+
+        Raises:
+            TypeError: A text is no string.
+        """
+        texts = list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {i} is no string but {type(text).__name__}")
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+
+    @torch.inference_mode()
+    def encode_ids(
+        self, token_ids: Sequence[list[int]], done: Callable[[int], object] = lambda count: None
+    ) -> Tensor:
+        """One vector a tokenized text.
+
+        Args:
+            token_ids: As `tokenize` returns them.
             done: Called with the number of texts finished after each batch.
 
         Returns:
@@ -94,12 +134,7 @@ class SentenceEncoder:
 
     def pool(self, hidden_TE: Tensor, batch: PackedBatch) -> Tensor:
         """Token states `[T, E]` to sentence vectors `[B, E]`."""
-        if self.pooling == "cls":
-            vectors_BE = batch.first_tokens(hidden_TE)
-        else:
-            offsets = batch.cu_seqlens.long()
-            vectors_BE = torch.segment_reduce(hidden_TE, self.pooling, offsets=offsets)
-        return torch.nn.functional.normalize(vectors_BE, dim=-1) if self.normalise else vectors_BE
+        return ops.pool(hidden_TE, batch.cu_seqlens, pooling=self.pooling, normalize=self.normalize)
 
 
 def _batches(order: list[int], lengths: list[int]) -> list[list[int]]:

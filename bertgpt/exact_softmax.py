@@ -27,6 +27,11 @@ def working_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
+def least_weight(min_p: Tensor) -> Tensor:
+    """The least integer weight that min-p keeps, int64: exact, a float32 times a power of two."""
+    return (min_p.double() * 2.0**WEIGHT_BITS).ceil().long()
+
+
 def exact_weights(x: Tensor, temperature: Tensor) -> Tensor:
     """The integer weights of logits.
 

@@ -6,18 +6,16 @@ transformers; inside, tokens travel packed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bertgpt import generation, objectives
-from bertgpt.configuration import require
-from bertgpt.door import leave
+from bertgpt import objectives
+from bertgpt.causal_lm import CausalLM
 from bertgpt.gpt_decoder import GPT2Config, GPT2Model, GPT2PreTrainedModel, Ids
 from bertgpt.outputs import LogitsOutput
-from bertgpt.packing import PackedBatch, pad
+from bertgpt.packing import PackedBatch
 
 __all__ = [
     "GPT2Config",
@@ -28,25 +26,11 @@ __all__ = [
 ]
 
 
-class GPT2LMHeadModel(GPT2PreTrainedModel):
+class GPT2LMHeadModel(CausalLM, GPT2PreTrainedModel):
     """The language model: scores of each next word, by the word embeddings."""
 
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__(config)
-        self.transformer = GPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The decoder over the vocabulary."""
-        return self.lm_head
-
-    def tie_weights(self) -> None:
-        """Shares the word embeddings with the decoder."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.get_input_embeddings().weight
+    decoder_class = GPT2Model
 
     def forward(
         self,
@@ -64,6 +48,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool = False,
     ) -> Any:
         """Scores `[B, L, V]` (packed: `[T, V]`); the other arguments are `GPT2Model`'s.
 
@@ -84,63 +69,25 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             output_attentions: refused when True.
             output_hidden_states: also return every layer's output.
             return_dict: False for a tuple.
+            skip_logits: give the loss alone, whose scores are then never whole in memory.
 
         Raises:
-            ValueError: as in `GPT2Model.forward`, or `logits_to_keep` beside labels or a
-                `PackedBatch`.
+            ValueError: as in `GPT2Model.forward`; `logits_to_keep` beside labels or a
+                `PackedBatch`; `skip_logits` without labels.
         """
-        run = self.transformer.run(
+        return self.scores(
             (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
+            labels,
+            logits_to_keep,
+            skip_logits,
             output_hidden_states,
+            return_dict,
             past_key_values=past_key_values,
             use_cache=use_cache,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             output_attentions=output_attentions,
         )
-        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            if labels is not None or run.batch.grid is None:
-                raise ValueError("logits_to_keep goes with a padded batch and no labels")
-            last = isinstance(logits_to_keep, int)
-            columns = slice(-logits_to_keep, None) if last else logits_to_keep
-            logits, loss = self.lm_head(pad(run.last, run.batch)[:, columns]), None
-        else:
-            packed = self.lm_head(run.last)
-            logits, loss = leave(packed, run.batch), _next_token_loss(packed, labels, run.batch)
-        output = LogitsOutput(loss=loss, logits=logits, hidden_states=run.every_layer)
-        return self._finish(output, return_dict)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]] | Tensor,
-        max_new_tokens: int,
-        *,
-        attention_mask: Tensor | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        do_sample: bool = False,
-    ) -> Any:
-        """Continues prompts greedily on a paged key-value cache; see `generation.greedy`.
-
-        Raises:
-            ValueError: `do_sample` is True; the rest is `generation.greedy`'s.
-        """
-        require(not do_sample, "do_sample", True, "tokens are chosen greedily")
-        return generation.greedy(
-            self,
-            prompts,
-            max_new_tokens,
-            attention_mask=attention_mask,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
-    if labels is None:
-        return None
-    labels = objectives.token_labels("labels", labels, batch)
-    return objectives.next_token_loss(logits, labels, batch)
 
 
 class GPT2ForSequenceClassification(GPT2PreTrainedModel):

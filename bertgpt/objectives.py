@@ -70,14 +70,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tenso
     return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE)
 
 
-def next_token_loss(logits: Tensor, labels: Tensor, batch: PackedBatch) -> Tensor:
-    """Each token against its successor's label; a sequence's last token has none."""
+def next_token_labels(labels: Tensor, batch: PackedBatch) -> Tensor:
+    """Each token's successor's label `[T]`; a sequence's last token has none."""
     successors = torch.full_like(labels, IGNORE)
     successors[:-1] = labels[1:]
     if labels.numel():
         # An empty sequence names its predecessor's end again, or −1: the end of the whole batch.
         successors[batch.cu_seqlens[1:].long() - 1] = IGNORE
-    return cross_entropy(logits, successors)
+    return successors
 
 
 def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -12,7 +13,7 @@ from torch import nn
 
 from bertgpt import checkpoint
 from bertgpt.configuration import PathLike, PretrainedConfig
-from bertgpt.layers import AddNorm
+from bertgpt.layers import AddNorm, Block
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -23,12 +24,14 @@ class PreTrainedModel(nn.Module):
     Attributes:
         config_class: its configuration's class.
         base_model_prefix: name of the headless model inside a headed one.
+        supports_gradient_checkpointing: True, for a loop that asks.
         tied_weights: Hugging Face names that share another name's tensor when
             `config.tie_word_embeddings`.
     """
 
     config_class: ClassVar[type[PretrainedConfig]] = PretrainedConfig
     base_model_prefix: ClassVar[str] = ""
+    supports_gradient_checkpointing: ClassVar[bool] = True
     tied_weights: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
@@ -174,6 +177,35 @@ class PreTrainedModel(nn.Module):
         values["dtype"] = str(self.dtype).removeprefix("torch.")
         values["architectures"] = [type(self).__name__]
         checkpoint.write_folder(Path(path), values, state)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """In training, keeps each layer's inputs only; the backward pass computes the rest again.
+
+        Losses and gradients stay the same to the bit, dropout included.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`; by
+                default `{"use_reentrant": False}`.
+        """
+        self._checkpoint({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps every activation again."""
+        self._checkpoint(None)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any layer computes twice in training."""
+        return any(block.checkpointing is not None for block in self._blocks())
+
+    def _blocks(self) -> Iterator[Block]:
+        return (module for module in self.modules() if isinstance(module, Block))
+
+    def _checkpoint(self, arguments: dict[str, Any] | None) -> None:
+        for block in self._blocks():
+            block.checkpointing = arguments
 
     def _wants_layers(self, output_hidden_states: bool | None) -> bool:
         asked = output_hidden_states

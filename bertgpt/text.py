@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bertgpt.checkpoint import read_json
 
+_CONTEXT = 6  # tokens that decide how the next one is written, spaces and split characters
 _WANTED = "tokenizer.json, vocab.txt (WordPiece), or vocab.json with merges.txt (byte-level BPE)"
 
 
@@ -66,3 +69,96 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: The file holds something else.
     """
     return read_json(file, "") if file.is_file() else {}
+
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decodes a part of a character's bytes
+
+
+@dataclass
+class TextStream:
+    """Token ids to text, one at a time.
+
+    Text is handed out when it can no longer change: a character whose bytes are spread over tokens
+    comes with the last of them. What is handed out, end to end, is the text of all tokens.
+
+    Args:
+        tokenizer: Anything with `decode(ids) -> str`.
+        context: Token ids before the first one, the prompt's, which decide on spaces.
+    """
+
+    tokenizer: Any
+    context: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self._tokens = list(self.context)[-_CONTEXT:]
+        self._shown = self.tokenizer.decode(self._tokens)
+
+    @property
+    def pending(self) -> str:
+        """Text of the tokens so far that was not handed out, its last character incomplete."""
+        return self.tokenizer.decode(self._tokens)[len(self._shown) :]
+
+    def push(self, token: int) -> str:
+        """The text that one more token makes sure of, often empty."""
+        self._tokens.append(token)
+        text = self.tokenizer.decode(self._tokens)
+        if text.endswith(_INCOMPLETE):
+            return ""
+        new = text[len(self._shown) :]
+        if new:
+            self._tokens = self._tokens[-_CONTEXT:]
+            self._shown = self.tokenizer.decode(self._tokens)
+        return new
+
+    def copy(self) -> TextStream:
+        """The same state, to go on from apart."""
+        twin = copy.copy(self)
+        twin._tokens = list(self._tokens)
+        return twin
+
+
+class StopStrings:
+    """Tells when the text of new tokens holds one of some strings.
+
+    Args:
+        tokenizer: Anything with `decode(ids) -> str`.
+        strings: The strings, or one.
+        context: The prompt's token ids; its text is not searched.
+
+    Raises:
+        TypeError: `strings` is no string and no sequence of them, or `tokenizer` cannot decode.
+        ValueError: A string is empty, or there is none.
+    """
+
+    def __init__(
+        self, tokenizer: Any, strings: str | Sequence[str], context: Sequence[int] = ()
+    ) -> None:
+        self.strings = check_stop_strings(tokenizer, strings)
+        self._stream = TextStream(tokenizer, context)
+        self._tail = ""  # as much text as may begin a string
+
+    def push(self, token: int) -> bool:
+        """Whether the text, with one more token, has come to hold one of the strings."""
+        self._tail += self._stream.push(token)
+        text = self._tail + self._stream.pending
+        longest = max(map(len, self.strings))
+        self._tail = self._tail[len(self._tail) - min(len(self._tail), longest - 1) :]
+        return any(string in text for string in self.strings)
+
+    def copy(self) -> StopStrings:
+        """The same state, to go on from apart."""
+        twin = copy.copy(self)
+        twin._stream = self._stream.copy()
+        return twin
+
+
+def check_stop_strings(tokenizer: Any, strings: str | Sequence[str]) -> tuple[str, ...]:
+    """The strings as a tuple; raises as `StopStrings` does."""
+    given = (strings,) if isinstance(strings, str) else strings
+    if not isinstance(given, Sequence) or not all(isinstance(string, str) for string in given):
+        raise TypeError(f"stop_strings must be a string or a sequence of them, not {strings!r}")
+    if not given or not all(given):
+        raise ValueError(f"stop_strings must hold strings that are not empty, not {strings!r}")
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"stop_strings need a tokenizer that can decode, not {tokenizer!r}")
+    return tuple(given)

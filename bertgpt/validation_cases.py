@@ -21,13 +21,13 @@ class Sample:
         op: The op's name.
         args: Its arguments by place.
         kwargs: Its arguments by keyword.
-        wrt: Places of the arguments whose gradients are measured too.
+        wrt: Places, or names, of the arguments whose gradients are measured too.
     """
 
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    wrt: tuple[int, ...] = ()
+    wrt: tuple[int | str, ...] = ()
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
         """The same call with every tensor replaced by change(tensor)."""
@@ -39,11 +39,21 @@ class Sample:
 
     def differentiable(self) -> Sample:
         """The same call, its arguments of `wrt` asking for gradients where they are tensors."""
-        leaves = [
-            value.detach().requires_grad_() if i in self.wrt and value is not None else value
-            for i, value in enumerate(self.args)
-        ]
-        return replace(self, args=tuple(leaves))
+
+        def leaf(place: int | str, value: Any) -> Any:
+            wanted = place in self.wrt and value is not None
+            return value.detach().requires_grad_() if wanted else value
+
+        return replace(
+            self,
+            args=tuple(leaf(i, value) for i, value in enumerate(self.args)),
+            kwargs={name: leaf(name, value) for name, value in self.kwargs.items()},
+        )
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors of `wrt`, in its order."""
+        named = (self.kwargs[i] if isinstance(i, str) else self.args[i] for i in self.wrt)
+        return [tensor for tensor in named if tensor is not None]
 
     def results(self, function: Callable[..., Any], **options: Any) -> list[Result]:
         """What `function` makes of a copy of this call: its outputs, then the gradients of `wrt`.
@@ -57,7 +67,7 @@ class Sample:
             if outputs is None:
                 outputs = call.args[2:4]  # paged_write's pages
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            leaves = [call.args[i] for i in self.wrt if call.args[i] is not None]
+            leaves = call.leaves()
             if not leaves:
                 return [Result(output, 2.0) for output in outputs]
             weights = _Maker(torch.float32, seed=1)
@@ -127,6 +137,36 @@ def _attention(make: _Maker) -> Iterator[Sample]:
     for scale in (-0.1, 0.0):  # as many queries as keys, where a fused op may mask before it scales
         q, k, v = (make.randn(1, 37, 2, 64) for _ in range(3))
         yield Sample("attention", (q, k, v), {"causal": True, "scale": scale})
+    yield from _attention_gradients(make)
+
+
+def _attention_gradients(make: _Maker) -> Iterator[Sample]:
+    """Every query sees several keys: the gradient of one that sees one is all cancellation."""
+    wrt: tuple[int | str, ...] = (0, 1, 2)
+    ruled_out = make.randint(0, 3, 53) == 0
+    padded: list[tuple[dict[str, Any], tuple[int | str, ...]]] = [
+        ({"causal": True}, wrt),
+        ({"window": (7, 3), "dropout_p": 0.2, "seed": 5}, wrt),
+        ({"mask": make.randint(0, 2, 2, 1, 37, 53).bool()}, wrt),
+        ({"mask": make.randn(4, 37, 53), "causal": True}, (*wrt, "mask")),
+        (
+            {
+                "mask": make.randn(2, 1, 1, 53).masked_fill(ruled_out, -torch.inf),
+                "key_lengths": torch.tensor([0, 50], dtype=torch.int32),
+                "dropout_p": 0.2,
+                "seed": 5,
+            },
+            (*wrt, "mask"),
+        ),
+    ]
+    for options, places in padded:
+        q, k, v = make.randn(2, 37, 4, 64), make.randn(2, 53, 2, 64), make.randn(2, 53, 2, 64)
+        yield Sample("attention", (q, k, v), options, places)
+    lengths_q, lengths_k = (0, 37, 64), (3, 45, 65)
+    cu_q, cu_k = (torch.tensor([0, *accumulate(n)]) for n in (lengths_q, lengths_k))
+    q, k, v = make.randn(sum(lengths_q), 2, 64), *(make.randn(113, 1, 64) for _ in range(2))
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    yield Sample("attention", (q, k, v), {**packed, "window": (-1, 4)}, wrt)
 
 
 def _linear_gelu(make: _Maker) -> Iterator[Sample]:
@@ -136,14 +176,18 @@ def _linear_gelu(make: _Maker) -> Iterator[Sample]:
         w = make.randn(outputs, width, scale=width**-0.5)
         bias = make.randn(outputs) if rows > 1 else None
         args = (make.randn(rows, width), w, bias)
-        yield Sample("linear_gelu", args, {"approximate": approximate})
+        for wrt in ((), (0, 1, 2)):  # a backend without gradients takes the first
+            yield Sample("linear_gelu", args, {"approximate": approximate}, wrt)
 
 
 def _gelu_ffn(make: _Maker) -> Iterator[Sample]:
     for approximate in ("none", "tanh"):
         w_in, w_out = make.randn(256, 64, scale=0.125), make.randn(64, 256, scale=0.0625)
         args = (make.randn(3, 37, 64), w_in, make.randn(256), w_out, make.randn(64))
-        yield Sample("gelu_ffn", args, {"approximate": approximate})
+        options: dict[str, Any] = {"approximate": approximate}
+        yield Sample("gelu_ffn", args, options, (0, 1, 2, 3, 4))
+        dropped = {**options, "dropout_p": 0.2, "seed": 5}
+        yield Sample("gelu_ffn", args, dropped, (0, 1, 2, 3, 4))
 
 
 def _linear_cross_entropy(make: _Maker) -> Iterator[Sample]:
@@ -171,7 +215,22 @@ def _add_layer_norm(make: _Maker) -> Iterator[Sample]:
         residual = make.randn(3, 3, width) if has_residual else None
         bias = make.randn(width) if width != 61 else None
         options = {"eps": 1e-5, "return_sum": has_residual}
-        yield Sample("add_layer_norm", (x, residual, make.randn(width), bias), options)
+        args = (x, residual, make.randn(width), bias)
+        yield Sample("add_layer_norm", args, options)
+        if width > 1:  # the gradient of a constant is all cancellation
+            yield Sample("add_layer_norm", args, options, (0, 1, 2, 3))
+            dropped = {**options, "dropout_p": 0.2, "seed": 5}
+            yield Sample("add_layer_norm", args, dropped, (0, 1, 2, 3))
+
+
+def _pool(make: _Maker) -> Iterator[Sample]:
+    cu_seqlens = torch.tensor([0, *accumulate(_RAGGED)], dtype=torch.int32)
+    for pooling, normalize in product(("cls", "mean", "max"), (False, True)):
+        x = make.randn(sum(_RAGGED), 61)
+        options = {"pooling": pooling, "normalize": normalize}
+        yield Sample("pool", (x, cu_seqlens), options)
+        if pooling == "mean" and not normalize:
+            yield Sample("pool", (x, cu_seqlens), options, (0,))
 
 
 def _paged_write(make: _Maker) -> Iterator[Sample]:
@@ -231,6 +290,7 @@ def _sample(make: _Maker) -> Iterator[Sample]:
             "temperature": torch.tensor([0.0, 0.7, 1.0, 1.6])[which % 4],
             "top_k": torch.tensor([0, 0, 1, 5, 2000])[which % 5],
             "top_p": torch.tensor([1.0, 0.95, 0.5])[which % 3],
+            "min_p": torch.tensor([0.0, 0.02])[which % 2],
         }
         seeds = {"seed": torch.tensor(11), "sequence_ids": which, "steps": torch.tensor(3)}
         logits = make.randn(rows, vocabulary, scale=3.0)
@@ -246,6 +306,7 @@ _MAKERS: dict[str, Callable[[_Maker], Iterator[Sample]]] = {
     "gelu_ffn": _gelu_ffn,
     "linear_cross_entropy": _linear_cross_entropy,
     "add_layer_norm": _add_layer_norm,
+    "pool": _pool,
     "paged_write": _paged_write,
     "paged_attention": _paged_attention,
     "sample": _sample,

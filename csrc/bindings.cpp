@@ -77,13 +77,14 @@ void linear_gelu(Address x, Address w, Address b, Address y, int64_t x_stride, i
 }
 
 void sample(Address logits, Address tokens, Address error_flag, Address temperature_at,
-            float temperature, Address top_p_at, float top_p, Address top_k_at, int64_t top_k,
-            Address seed_at, int64_t seed, Address sequence_at, int64_t sequence, Address step_at,
-            int64_t step, int64_t rows, int64_t row_stride, int vocabulary, int dtype,
-            Address stream) {
+            float temperature, Address top_p_at, float top_p, Address min_p_at, float min_p,
+            Address top_k_at, int64_t top_k, Address seed_at, int64_t seed, Address sequence_at,
+            int64_t sequence, Address step_at, int64_t step, int64_t rows, int64_t row_stride,
+            int vocabulary, int dtype, Address stream) {
   launch_sample({at<void>(logits), at<int64_t>(tokens), at<int>(error_flag),
                  {at<float>(temperature_at), temperature},
                  {at<float>(top_p_at), top_p},
+                 {at<float>(min_p_at), min_p},
                  {at<int64_t>(top_k_at), top_k},
                  {at<int64_t>(seed_at), seed},
                  {at<int64_t>(sequence_at), sequence},

@@ -1,6 +1,6 @@
 // Maths: w[i] = floor(2^40 exp((x[i] - max x) / T)) in integers (docs/sampling.md); top-k keeps
 // x >= the k-th largest; top-p the fewest of the largest whose w reach floor(p sum w), at least 1;
-// the token is the first whose cumulative kept w exceeds floor(U sum w / 2^64), U the 64 bits of
+// min-p w >= p 2^40; the token is the first whose cumulative kept w exceeds floor(U sum w / 2^64), U the 64 bits of
 // Philox counter (step, sequence, sequence >> 32, 2). Integer sums are exact in any order.
 // Memory: no copy and no sort of the row. It is read once for the maximum, once to draw, and, for
 // top-k and top-p each, once for every four bits of a logit; the first comes from memory, the
@@ -257,12 +257,13 @@ GPU_KERNEL(kThreads, 3) sample_kernel(GPU_CONSTANT SampleArgs a) {
   const Row<T> row(static_cast<const T*>(a.logits) + b * a.row_stride, a.vocabulary);
   const float temperature = setting(a.temperature, b);
   const float top_p = setting(a.top_p, b);
+  const float min_p = setting(a.min_p, b);
   const int64_t top_k = setting(a.top_k, b);
 
   // 1. The largest logit, and whether there is anything to draw. The same in every thread.
   const float top = largest(row, s);
   const bool in_range = temperature >= 0.0f && temperature <= kLargest && top_k >= 0 &&
-                        top_p > 0.0f && top_p <= 1.0f;
+                        top_p > 0.0f && top_p <= 1.0f && min_p >= 0.0f && min_p <= 1.0f;
   if (!(top >= -kLargest) || !in_range) {
     if (threadIdx.x == 0) {
       a.tokens[b] = -1;
@@ -303,6 +304,8 @@ GPU_KERNEL(kThreads, 3) sample_kernel(GPU_CONSTANT SampleArgs a) {
   }
 
   // 3. A point of the kept mass, and the token there; at temperature 0 the first largest logit.
+  //    A power of two times min_p is exact, and the largest logit's weight is never below it.
+  const uint64_t least = static_cast<uint64_t>(ceilf(min_p * (1ull << kWeightBits)));
   const uint64_t sequence = static_cast<uint64_t>(setting(a.sequence, b));
   const uint4 words = philox(static_cast<uint64_t>(setting(a.seed, b)),
                              uint4{static_cast<unsigned>(setting(a.step, b)),
@@ -313,7 +316,9 @@ GPU_KERNEL(kThreads, 3) sample_kernel(GPU_CONSTANT SampleArgs a) {
       row, s,
       [&](float x, int index) {
         const unsigned key = key_of<T>(x);
-        return key > lowest || (key == lowest && index <= last) ? softmax.weight(x) : 0;
+        const bool kept = key > lowest || (key == lowest && index <= last);
+        const uint64_t weight = kept ? softmax.weight(x) : 0;
+        return weight >= least ? weight : 0;
       },
       [&](uint64_t total) { return temperature > 0.0f ? __umul64hi(total, random) : 0; });
   if (threadIdx.x == 0) a.tokens[b] = token;

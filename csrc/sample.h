@@ -16,7 +16,7 @@ struct SampleArgs {
   const void* logits;  // [B, V], unit last stride
   int64_t* tokens;     // [B]; -1 where a row or its settings are no good
   int* error_flag;     // or null
-  PerRow<float> temperature, top_p;
+  PerRow<float> temperature, top_p, min_p;
   PerRow<int64_t> top_k, seed, sequence, step;
   int64_t rows, row_stride;  // the stride in elements
   int vocabulary;            // 1 ... 2^22, so that a sum of weights stays below 2^62

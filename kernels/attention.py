@@ -88,10 +88,8 @@ def pick_config(
     return Config(*table[min(d for d in table if head_dim <= d)][extra], descriptors)
 
 
-def unsupported(*, mask: torch.Tensor | None, needs_grad: bool = False, **call: Any) -> str | None:
+def unsupported(*, mask: torch.Tensor | None, **call: Any) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
-    if needs_grad and mask is not None and mask.requires_grad:
-        return "it has no gradient for a mask (give one that requires none, or backend='torch')"
     if mask is not None and mask.dtype == torch.float64:
         return "a float64 mask would lose its range: scores are added up in float32"
     return None

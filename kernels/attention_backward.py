@@ -16,15 +16,15 @@ queries; under causal the longest tiles come first by themselves.
 Dims: B batch, L/S query/key length, H query heads, K KV heads, D head_dim padded to BLOCK_D.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from bertgpt.kernels.attention_call import attention_call
+from bertgpt.kernels.attention_call import Config, attention_call
+from bertgpt.kernels.attention_dmask import attention_dmask
 from bertgpt.kernels.attention_dq import _attention_bwd_dq_kernel
 from bertgpt.kernels.descriptors import describable
 from bertgpt.kernels.device import compute_capability
@@ -35,17 +35,6 @@ from bertgpt.kernels.primitives import (
     score_gradients,
     sequence_spans,
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile shape and launch options of one specialisation of one kernel."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
 # BLOCK_D: the largest tiles that compile without a spill.
@@ -216,24 +205,29 @@ def _attention_bwd_dkdv_kernel(
 # fmt: off
 def attention_bwd(
     grad_out: torch.Tensor, out: torch.Tensor, stats: torch.Tensor,
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, **arguments: Any,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    scale: float, mask_shape: Sequence[int] | None = None, **arguments: Any,
 ) -> Mapping[str, torch.Tensor]:
-    """Gradients of attention's output with regard to q, k and v.
+    """Gradients of attention's output with regard to q, k and v, and an additive mask's.
 
     grad_out is like out, of any strides; out and stats are what `attention_fwd` returned for the
-    call that q, k, v, scale and `attention_call`'s arguments repeat.
+    call that q, k, v, scale and `attention_call`'s arguments repeat. `mask_shape` asks for the
+    mask's gradient too: the shape, of four dimensions, from which the mask was broadcast.
 
     Returns:
-        Contiguous gradients by name: "q", "k", "v", each like its input; zero where nothing is
-        seen, and in packed tokens of no sequence.
+        Contiguous gradients by name: "q", "k", "v", each like its input, and "mask" of
+        `mask_shape` if given; zero where nothing is seen, and in packed tokens of no sequence.
     """
     # fmt: on
     mask = arguments["mask"]
     call = attention_call(q, k, **arguments)
     allocate = torch.zeros if call.packed else torch.empty  # packed: wrong spans leave gaps
     dq, dk, dv = (allocate(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    gradients = {"q": dq, "k": dk, "v": dv}
     if q.numel() == 0 or k.numel() == 0 or call.longest_q == 0 or call.longest_k == 0:
-        return {"q": dq.zero_(), "k": dk.zero_(), "v": dv.zero_()}
+        if mask_shape is not None:
+            gradients["mask"] = mask.new_empty(tuple(mask_shape))
+        return {name: gradient.zero_() for name, gradient in gradients.items()}
 
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta = torch.empty(call.row_shape(q), dtype=torch.float32, device=q.device)
@@ -245,7 +239,7 @@ def attention_bwd(
     strides += mask.stride() if mask is not None else (0, 0, 0, 0)
     strides += call.strides(grad_out)
     scales = scale, scale if call.natural else scale * LOG2E.value
-    # δ is written by the first launch and read by the second.
+    # δ is written by the first launch and read by the others.
     for gradient, kernel, tensors, like in (
         ("dq", _attention_bwd_dq_kernel, (out, stats, delta, dq), dq),
         ("dkdv", _attention_bwd_dkdv_kernel, (stats, delta, dk, dv), dk),
@@ -262,4 +256,8 @@ def attention_bwd(
             **call.constants, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return {"q": dq, "k": dk, "v": dv}
+    if mask_shape is not None:
+        gradients["mask"] = attention_dmask(
+            q, k, v, mask, grad_out, stats, delta, mask_shape, scale, call, aligned
+        )
+    return gradients

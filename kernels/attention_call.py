@@ -10,6 +10,16 @@ from bertgpt.kernels.dropout import dropout_arguments
 
 
 @dataclass(frozen=True)
+class Config:
+    """Tile shape and launch options of one specialisation of a gradient's kernel."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """A call as kernels see it.
 

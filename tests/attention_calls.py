@@ -65,12 +65,12 @@ def triton_gradients(inputs, grad_out, **call):
     return gradients(ops.attention, inputs, grad_out, backend="triton", **call)
 
 
-def check_gradients(q, k, v, grad_out=None, **call):
+def check_gradients(q, k, v, grad_out=None, *, backend="triton", **call):
     """Gradients against the definition's, in memory that starts as NaN."""
     if grad_out is None:
         grad_out = randn(*q.shape, dtype=q.dtype, seed=9)
     with poisoned_allocations():
-        actual = triton_gradients((q, k, v), grad_out, **call)
+        actual = gradients(ops.attention, (q, k, v), grad_out, backend=backend, **call)
     if call.get("mask") is not None:
         call["mask"] = call["mask"].expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     wide = [x.double() for x in (q, k, v)]

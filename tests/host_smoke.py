@@ -106,7 +106,8 @@ def sample(host, vocabulary, **settings):
     rows = 9
     logits = np.sin(np.arange(rows * vocabulary)).astype(np.float16).reshape(rows, vocabulary)
     tokens = np.full(rows, -1, np.int64)
-    names = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 5, "sequence": 0, "step": 0}
+    names = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 5}
+    names |= {"sequence": 0, "step": 0}
     values = {name: settings.get(name, usual) for name, usual in names.items()}
     sequences = np.arange(rows)
     at = {name: address(sequences) if name == "sequence" else 0 for name in names}
@@ -131,7 +132,7 @@ def main():
         norm(host, 2, 2048)
         linear(host, 1)
         linear(host, 5)
-        sample(host, 2101, top_k=40, top_p=0.9)
+        sample(host, 2101, top_k=40, top_p=0.9, min_p=0.2)
         sample(host, 2101, temperature=0.0)
         sample(host, 5)
     print("all paths ran")

@@ -1,5 +1,6 @@
 """Shared by the model tests: stock twins, ragged batches, real checkpoints and real text."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -104,3 +105,19 @@ def genera_ids():
     """Token ids of real samples of microbial genera, ragged."""
     genera = demo_data.genus_model()
     return [genera.ids(names) for names in demo_data.HABITATS.values()]
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th character from "0" on."""
+
+    def decode(self, ids):
+        """The characters, end to end."""
+        return "".join(chr(ord("0") + i) for i in ids)
+
+
+def gradients_by_name(model):
+    """Each weight's gradient (zero where it has none) under stock's name and in its layout."""
+    mirror = copy.deepcopy(model)
+    for ours, weight in zip(mirror.parameters(), model.parameters(), strict=True):
+        ours.data = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+    return mirror.state_dict()

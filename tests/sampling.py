@@ -11,7 +11,7 @@ INF = float("inf")
 SEEDED = {"seed": 7, "sequence_ids": 0, "steps": 0}
 
 
-def by_hand(row, temperature, top_k, top_p, seed, sequence, step):
+def by_hand(row, temperature, top_k, top_p, min_p, seed, sequence, step):
     """One row's token: float64 probabilities, a full sort, and Philox in Python's integers."""
     top = max(row)
     if temperature == 0:
@@ -26,6 +26,8 @@ def by_hand(row, temperature, top_k, top_p, seed, sequence, step):
             break
         kept.append(i)
         mass += weight[i]
+    kept = [i for i in kept if weight[i] >= min_p]
+    mass = math.fsum(weight[i] for i in kept)
     counter = (step, sequence & MASK, sequence >> 32 & MASK, 2)
     high, low, _, _ = words_by_hand(seed, counter)
     point, walked = (high << 32 | low) / 2**64 * mass, 0.0
@@ -41,9 +43,9 @@ def expected(logits, settings):
     rows = len(logits)
     per_row = {
         name: value.expand(rows).tolist() if isinstance(value, torch.Tensor) else [value] * rows
-        for name, value in settings.items()
+        for name, value in {"min_p": 0.0, **settings}.items()
     }
-    names = ("temperature", "top_k", "top_p", "seed", "sequence_ids", "steps")
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "sequence_ids", "steps")
     columns = zip(*(per_row[name] for name in names), strict=True)
     tokens = [by_hand(x, *row) for x, row in zip(logits.double().tolist(), columns, strict=True)]
     return torch.tensor(tokens)
@@ -66,6 +68,7 @@ def settings_of(rows, seed=0):
         "seed": words(),
         "sequence_ids": words(),
         "steps": some([0, 1, 1023, 2**32 - 1]),
+        "min_p": some([0.0, 0.0, 1e-9, 0.05, 0.4, 1.0]),
     }
 
 

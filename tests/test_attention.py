@@ -317,6 +317,7 @@ def test_operator_registration():
     calls = [
         op.check(q, k, v, causal=True, window=(2, 2)),
         op.check(q.requires_grad_(), k, v, mask=torch.randn(5, 7), return_lse=True),
+        op.check(q, k, v, mask=torch.randn(4, 1, 7).requires_grad_(), causal=True),
         op.check(*packed_inputs[:3], cu_seqlens_q=packed_inputs[3], cu_seqlens_k=packed_inputs[4]),
         op.check(q, k, v, key_lengths=torch.tensor([3, 7]), backend="reference"),
     ]

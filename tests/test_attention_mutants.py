@@ -38,23 +38,47 @@ ATTENTION: tuple[tuple[str, str, str, str], ...] = (
     ("attention_backward", "(h_kv + 1) * heads_per_kv", "h_kv * heads_per_kv + 1", "one head"),
     ("attention_backward", "tl.where(key_first < used, len_q, 0)", "0", "no query"),
     ("attention_backward", "used) - 1", "used) - 2", "last key"),
+    ("attention_dmask", "h_first + step // tiles_m % heads", "h_first", "heads of a mask"),
+    ("attention_dmask", "step // (heads * tiles_m)", "step // (heads * tiles_m + 1)", "batches"),
+    ("attention_dmask", "entry // (num_heads // heads)", "entry // num_heads", "batch of an entry"),
+    ("attention_dmask", "entry % (num_heads // heads)", "0 * entry", "head of an entry"),
+    ("attention_dmask", "h // heads_per_kv", "h % heads_per_kv", "KV head"),
+    ("attention_dmask", "acc += score_gradients", "acc = score_gradients", "the last part alone"),
+    ("attention_dmask", "seen = keys < used", "seen = keys < len_k", "key lengths"),
+    ("attention_dmask", "exists = queries < len_q", "exists = queries < len_q - 1", "last query"),
+    ("attention_dmask", "(tile_m_last, pid_m + 1)", "(tile_m_last, pid_m)", "no query"),
+    ("attention_dmask", "b * num_heads + h\n", "b + h\n", "dropout's head"),
+    ("attention_dmask", "tl.sum(acc, 0,", "tl.max(acc, 0,", "the largest for the sum"),
+    ("attention_dmask", "key_first, key_last, diagonal,", "key_first + 32, key_last, diagonal,",
+     "the first queries' tiles"),
 )  # fmt: skip
 
 
 def _gradients(sample: Sample, **options: Any) -> list[torch.Tensor]:
-    """Output and gradients of q, k and v, each head's rows in one."""
+    """Output and gradients of q, k, v and an additive mask, each head's rows in one."""
     leaves = [x.detach().clone().requires_grad_() for x in sample.args]
-    result = ops.attention(*leaves, **{**sample.kwargs, **options})
+    call = {**sample.kwargs, **options}
+    mask = call.get("mask")
+    if mask is not None and mask.dtype != torch.bool:
+        call["mask"] = mask.detach().clone().requires_grad_()
+        leaves.append(call["mask"])
+    result = ops.attention(*leaves[:3], **call)
     out = result[0] if isinstance(result, tuple) else result
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     found = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
-    return [x.transpose(-2, -3).flatten(-2) for x in found]
+    heads = [x.transpose(-2, -3).flatten(-2) for x in found[:4]]
+    return [*heads, *(x.flatten(-2) for x in found[4:])]
 
 
-def _attention_survives() -> bool:
-    """Whether outputs and gradients are accurate on every sample, with dropout and without."""
+def _attention_survives(file: str = "") -> bool:
+    """Whether outputs and gradients are accurate on every sample, with dropout and without.
+
+    On samples of a mask's gradient alone, where the mistake is in its file.
+    """
     for dtype, dropout_p in ((torch.float16, 0.3), (torch.float32, 0.0)):
         for sample in samples("attention", dtype):
+            if file == "attention_dmask" and "mask" not in sample.wrt:
+                continue
             options = {"dropout_p": dropout_p, "seed": 11}
             wide = sample.mapped(lambda t: t.double() if t.is_floating_point() else t)
             oracle = _gradients(wide, backend="reference", **options)
@@ -78,9 +102,9 @@ def test_the_original_gradients_survive():
 def test_gradient_mutant_is_killed(file, text, replacement, tmp_path, monkeypatch):
     original = dict(vars(importlib.import_module(f"bertgpt.kernels.{file}")))
     mutant = _mutate(ROOT / "kernels" / f"{file}.py", text, replacement, tmp_path)
-    for user in ("attention", "attention_dq", "attention_backward"):
+    for user in ("attention", "attention_dq", "attention_backward", "attention_dmask"):
         module = importlib.import_module(f"bertgpt.kernels.{user}")
         for name, value in list(vars(module).items()):
             if hasattr(value, "fn") and value is original.get(name):  # a jit function
                 monkeypatch.setattr(module, name, vars(mutant)[name])
-    assert not _attention_survives()
+    assert not _attention_survives(file)

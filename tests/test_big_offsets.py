@@ -18,6 +18,7 @@ from bertgpt.kernels import (
     merge_splits,
     paged_attention,
     paged_write,
+    pool,
 )
 
 pytestmark = [
@@ -125,6 +126,7 @@ def test_no_axis_but_the_first_grows_with_the_heads(heads, monkeypatch):
         merge_splits,
         paged_attention,
         paged_write,
+        pool,
     ):
         for name in vars(module):
             if name.startswith("_") and name.endswith("_kernel"):
@@ -139,9 +141,10 @@ def test_no_axis_but_the_first_grows_with_the_heads(heads, monkeypatch):
     ops.paged_attention(x[None], pages, pages, table[:1].expand(1, 9), lengths[:1], **TRITON)
     ops.linear_gelu(x, torch.zeros(4, 8), None, **TRITON)
     ops.add_layer_norm(x, None, torch.ones(8), None, **TRITON)
+    ops.pool(x, torch.arange(heads + 1), **TRITON)
     writable = torch.zeros(1, 1, 4, 8)
     ops.paged_write(x[:, None], x[:, None], writable, writable.clone(), lengths * 0, **TRITON)
-    assert len(grids.seen) == 7
+    assert len(grids.seen) == 8
     for grid in grids.seen:
         assert grid[0] < 2**31
         assert all(size <= 65_535 for size in grid[1:])

@@ -287,8 +287,8 @@ def test_sizes_past_its_counters_are_refused_in_words(shapes, words):
     small = {"q": (1, 1, 32), "k_pages": (1, 1, 8, 32), "page_table": (1, 1)}
     tensors = {n: torch.empty(s, device="meta") for n, s in {**small, **shapes}.items()}
     call = {**tensors, "v_pages": tensors["k_pages"], "cu_seqlens_q": None}
-    assert words in unsupported(**call)
-    assert unsupported(**{**call, **{n: torch.empty(s) for n, s in small.items()}}) is None
+    assert words in unsupported(call)
+    assert unsupported({**call, **{n: torch.empty(s) for n, s in small.items()}}) is None
 
 
 def test_explain_names_it():

@@ -68,8 +68,8 @@ def test_sizes_past_its_counters_are_refused_in_words(tokens, pages, words):
     from bertgpt.cuda.paged_write import unsupported
 
     k = torch.empty(tokens, 1, 8, device="meta")
-    assert words in unsupported(k=k, k_pages=torch.empty(pages, device="meta"))
-    assert unsupported(k=k[:1], k_pages=torch.empty(2, 1, 8, 8)) is None
+    assert words in unsupported({"k": k, "k_pages": torch.empty(pages, device="meta")})
+    assert unsupported({"k": k[:1], "k_pages": torch.empty(2, 1, 8, 8)}) is None
 
 
 @pytest.mark.parametrize("which", [1, 3, 4])

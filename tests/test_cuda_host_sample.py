@@ -1,5 +1,7 @@
 """The C++ kernel of `sample`, on the host engine: the very tokens of the reference."""
 
+import math
+
 import pytest
 import torch
 from cases import KERNEL_DTYPES, examples, poisoned_allocations, randn, with_odd_strides
@@ -82,6 +84,10 @@ def test_ties_at_the_edge_and_shares_reached_exactly(dtype):
     equal = torch.zeros(300, 8, dtype=dtype)
     assert set(check(equal, {**run, "top_p": 0.25}).tolist()) == {0, 1}
     assert set(check(equal, {**run, "top_p": 0.2500001}).tolist()) == {0, 1, 2}
+    halves = torch.tensor([1.0, 0, 0, -1, -9], dtype=dtype).mul(math.log(2)).expand(300, 5)
+    assert set(check(halves, {**run, "min_p": 0.49}).tolist()) == {0, 1, 2}
+    assert set(check(halves, {**run, "min_p": 0.51}).tolist()) == {0}
+    assert set(check(tied, {**run, "min_p": 1.0}).tolist()) == {1, 2, 4}
 
 
 def test_the_ends_of_the_range_of_numbers():
@@ -107,10 +113,10 @@ def test_a_row_that_nothing_can_be_drawn_by_gives_minus_one_and_is_told_of():
     assert "top_k" not in str(told.value)
     for row, name, value in ((5, "temperature", -1.0), (6, "top_k", -1), (7, "top_p", NAN)):
         run[name][row] = value
-    run["temperature"][8], run["top_p"][0] = INF, 0.0
-    wrong |= torch.tensor([True, *[False] * 4, *[True] * 4])
+    run["temperature"][8], run["top_p"][0], run["min_p"][4] = INF, 0.0, 1.5
+    wrong |= torch.tensor([True, *[False] * 3, *[True] * 5])
     assert kernel.sample(logits, **run).tolist() == right.where(~wrong, -1).tolist()
-    with pytest.raises(ValueError, match="a temperature, top_k or top_p is out of its range"):
+    with pytest.raises(ValueError, match="a temperature, top_k, top_p or min_p is out of"):
         extension.raise_pending()
     extension.raise_pending()  # told once
 

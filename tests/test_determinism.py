@@ -53,6 +53,7 @@ def calls(dtype, backend):
         "add_layer_norm": lambda: ops.add_layer_norm(
             rows, rows * 2, w_out[:, 0].contiguous(), None, return_sum=True, **run
         ),
+        "pool": lambda: ops.pool(rows, cu_seqlens((rows.shape[0],)), normalize=True, **run),
         "paged_attention": lambda: ops.paged_attention(*pages.args, return_lse=True, **run),
         "paged chunks": lambda: ops.paged_attention(*chunks.args, **chunks.chunks, **run),
         "paged_write": write,

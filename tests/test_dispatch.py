@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bertgpt
 from bertgpt import ops
-from bertgpt.ops import _dispatch
+from bertgpt.ops import _backends, _dispatch
 from bertgpt.ops._dispatch import OPS
 
 
@@ -21,7 +21,7 @@ def _on_cuda(*shape, **options):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """A checked attention call whose tensors say they are on a GPU of capability 9.0."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(_backends.extension, "capability", lambda device: (9, 0))
     _dispatch._warn_once.cache_clear()
     q = _on_cuda()
 
@@ -73,15 +73,15 @@ def test_what_triton_refuses(on_a_gpu):
 
 
 def test_old_gpus_are_refused(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(_backends.extension, "capability", lambda device: (7, 5))
     assert "7.5 is below 8.0" in OPS["attention"].refusal("triton", on_a_gpu())
 
 
 def test_a_missing_triton_is_a_refusal(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
-    _dispatch._no_triton.cache_clear()
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
+    _backends._no_triton.cache_clear()
     assert "not installed" in OPS["attention"].refusal("triton", on_a_gpu())
-    _dispatch._no_triton.cache_clear()
+    _backends._no_triton.cache_clear()
 
 
 def test_explain_names_the_choice_and_every_refusal():

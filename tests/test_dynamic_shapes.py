@@ -101,6 +101,7 @@ CALLS = {
         lambda x: ops.add_layer_norm(x, x * 2, W2[:, 0].contiguous(), None, return_sum=True),
         rows,
     ),
+    "pool": (lambda *t: ops.pool(t[0][:, 0], t[-1], normalize=True), packed),
     "paged_attention": (lambda *t: ops.paged_attention(*t, return_lse=True), pages),
     "paged chunks": (
         lambda *t: ops.paged_attention(*t[:-1], cu_seqlens_q=t[-1], max_seqlen_q=None),

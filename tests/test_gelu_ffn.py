@@ -194,3 +194,16 @@ def test_autocast_flops_and_explain():
     answer = ops.explain(ops.gelu_ffn, *tensors, dropout_p=0.5)
     assert answer.backend == "torch"
     assert "on the CPU" in answer.refusals["triton"] or "installed" in answer.refusals["triton"]
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3, 4), (0,), (1,), (2,), (3,), (4,)])
+def test_flops_of_the_gradient_are_autograds_and_the_first_product_again(wanted):
+    def backward_flops(function):
+        leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(inputs())]
+        y = function(*leaves)
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        return counter.get_total_flops()
+
+    again = 0 if wanted == (4,) else 2 * 5 * 7 * 12
+    assert backward_flops(ops.gelu_ffn) == backward_flops(reference.gelu_ffn) + again

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from models import GPT2, genera_ids, needs_genera, padded, random_ids, twins
+from models import GPT2, Letters, genera_ids, needs_genera, padded, random_ids, twins
 
-from bertgpt import demo_data, generation, gpt
+from bertgpt import demo_data, generation, gpt, paged_forward
 from bertgpt.kv_cache import PagedKVCache
 
 
@@ -42,6 +42,17 @@ def test_stops_and_padding_are_stocks():
     assert (ours[:, -1] == 0).any(), "no row ended early: choose other stops"
 
 
+@pytest.mark.parametrize("penalty", [1.3, 5.0])
+def test_a_repetition_penalty_gives_stocks_tokens(penalty):
+    model, stock = twins(gpt, "GPT2LMHeadModel", GPT2, pad_token_id=0)
+    ids, mask = padded([random_ids(n).tolist() for n in (3, 1, 8, 2)], "left")
+    stock.generation_config.eos_token_id = None
+    run = {"attention_mask": mask, "do_sample": False, "repetition_penalty": penalty}
+    theirs = stock.generate(ids, **run, max_new_tokens=14)
+    assert model.generate(ids, 14, eos_token_id=(), **run).equal(theirs)
+    assert not model.generate(ids, 14, attention_mask=mask, eos_token_id=()).equal(theirs)
+
+
 def test_the_mask_is_read_off_the_padding_token_as_in_stock():
     model, _ = twins(gpt, "GPT2LMHeadModel", GPT2, pad_token_id=0)
     ids, mask = padded([random_ids(n).tolist() for n in (3, 1, 5)], "left")
@@ -72,7 +83,7 @@ def test_pages_come_back_as_sequences_finish(monkeypatch):
             super().free(sequence)
             free_pages.append((self.num_free_pages, self.num_pages))
 
-    monkeypatch.setattr(generation, "PagedKVCache", Watched)
+    monkeypatch.setattr(paged_forward, "PagedKVCache", Watched)
     model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
     first = model.generate([[5, 6]], 1)[0][-1]
     free_pages.clear()
@@ -96,6 +107,21 @@ def test_training_state_is_left_alone():
     assert model(random_ids(1, 3), labels=random_ids(1, 3)).loss.requires_grad
 
 
+def test_max_length_counts_the_prompt():
+    model, stock = twins(gpt, "GPT2LMHeadModel", GPT2, pad_token_id=0)
+    prompts = [random_ids(n).tolist() for n in (3, 7)]
+    limited = model.generate(prompts, max_length=9, eos_token_id=())
+    assert [len(text) for text in limited] == [9, 9]
+    longer = model.generate(prompts, 6, eos_token_id=())
+    assert limited == [text[:9] for text in longer]
+    ids, mask = padded(prompts, "left")
+    stock.generation_config.eos_token_id = None
+    theirs = stock.generate(ids, attention_mask=mask, max_length=9, do_sample=False)
+    assert model.generate(ids, max_length=9, attention_mask=mask, eos_token_id=()).equal(theirs)
+    with pytest.raises(ValueError, match="prompt 1 has 7 tokens already: max_length=7"):
+        model.generate(prompts, max_length=7)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
@@ -114,7 +140,61 @@ def test_training_state_is_left_alone():
         (TypeError, "eos_token_id must be", {"prompts": [[3]], "eos_token_id": [2, 1.5]}),
         (TypeError, "eos_token_id must be", {"prompts": [[3]], "eos_token_id": 1.5}),
         (TypeError, "pad_token_id must be", {"prompts": [[3]], "pad_token_id": "0"}),
-        (ValueError, "do_sample=True", {"prompts": [[3]], "do_sample": True}),
+        (IndexError, "eos_token_id holds 61, outside", {"prompts": [[3]], "eos_token_id": [2, 61]}),
+        (ValueError, "one of max_new_tokens", {"prompts": [[3]], "max_length": 5}),
+        (ValueError, "one of max_new_tokens", {"prompts": [[3]], "max_new_tokens": None}),
+        (ValueError, "top_p must lie", {"prompts": [[3]], "do_sample": True, "top_p": 0.0}),
+        (ValueError, "min_p must lie", {"prompts": [[3]], "do_sample": True, "min_p": 1.5}),
+        (ValueError, "temperature=0.5 goes with", {"prompts": [[3]], "temperature": 0.5}),
+        (ValueError, "top_k=3 goes with do_sample", {"prompts": [[3]], "top_k": 3}),
+        (ValueError, "repetition_penalty must", {"prompts": [[3]], "repetition_penalty": 0.0}),
+        (TypeError, "do_sample must be True", {"prompts": [[3]], "do_sample": 1}),
+        (TypeError, "top_k must be an int", {"prompts": [[3]], "do_sample": True, "top_k": 2.0}),
+        (
+            TypeError,
+            "temperature must be",
+            {"prompts": [[3]], "do_sample": True, "temperature": "1"},
+        ),
+        (TypeError, "seed must be an int", {"prompts": [[3]], "seed": "a"}),
+        (ValueError, "seed must lie in", {"prompts": [[3]], "seed": 2**64}),
+        (ValueError, "2 seeds for 1 prompts", {"prompts": [[3]], "seed": [1, 2]}),
+        (ValueError, "exclude each other", {"prompts": [[3]], "do_sample": True, "num_beams": 2}),
+        (
+            ValueError,
+            "more than num_beams=2",
+            {"prompts": [[3]], "num_beams": 2, "num_return_sequences": 3},
+        ),
+        (ValueError, "goes with do_sample=True or", {"prompts": [[3]], "num_return_sequences": 2}),
+        (ValueError, "num_return_sequences must", {"prompts": [[3]], "num_return_sequences": 0}),
+        (ValueError, "length_penalty=2.0 goes with", {"prompts": [[3]], "length_penalty": 2.0}),
+        (ValueError, "early_stopping=True goes", {"prompts": [[3]], "early_stopping": True}),
+        (
+            ValueError,
+            'or "never", not .soon',
+            {"prompts": [[3]], "num_beams": 2, "early_stopping": "soon"},
+        ),
+        (
+            TypeError,
+            "length_penalty must be",
+            {"prompts": [[3]], "num_beams": 2, "length_penalty": "1"},
+        ),
+        (
+            ValueError,
+            "length_penalty must be finite",
+            {"prompts": [[3]], "num_beams": 2, "length_penalty": float("inf")},
+        ),
+        (TypeError, "need a tokenizer", {"prompts": [[3]], "stop_strings": "a"}),
+        (
+            ValueError,
+            "strings that are not empty",
+            {"prompts": [[3]], "stop_strings": ["a", ""], "tokenizer": Letters()},
+        ),
+        (
+            TypeError,
+            "stop_strings must be a string",
+            {"prompts": [[3]], "stop_strings": 3, "tokenizer": Letters()},
+        ),
+        (TypeError, "return_log_probs must", {"prompts": [[3]], "return_log_probs": 1}),
     ],
 )
 def test_bad_input_is_named(error, message, call):

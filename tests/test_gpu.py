@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
         "gelu_ffn",
         "linear_cross_entropy",
         "add_layer_norm",
+        "pool",
         "paged_write",
         "paged_attention",
     ],

@@ -16,9 +16,17 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ("reference", "kernels", "cuda"),
     ("portable",),
     ("ops",),
-    ("layers", "packing", "kv_cache"),
+    (
+        "layers",
+        "packing",
+        "kv_cache",
+        "decode_batch",
+        "page_allocator",
+        "page_pool",
+        "prefix_index",
+    ),
     (),  # models, checkpoints, generation
-    ("validate", "doctor", "demo", "cli", "integrations"),
+    ("validate", "doctor", "demo", "cli", "generate_command", "integrations"),
 )
 MODELS = STEPS.index(())
 # Families that may not import even their own step.

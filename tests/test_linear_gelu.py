@@ -220,6 +220,19 @@ def test_autocast_and_flops():
     assert counter.get_total_flops() == 2 * 15 * 7 * 6
 
 
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,)])
+def test_flops_of_the_gradient_are_autograds_and_the_product_again(wanted):
+    def backward_flops(function):
+        leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(inputs())]
+        y = function(*leaves)
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        return counter.get_total_flops()
+
+    again = 2 * 5 * 7 * 6
+    assert backward_flops(ops.linear_gelu) == backward_flops(reference.linear_gelu) + again
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_any_bias_stride(backend):
     x, w, b = inputs()

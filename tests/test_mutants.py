@@ -17,7 +17,7 @@ import torch
 
 from bertgpt import ops, reference
 from bertgpt.accuracy import measure
-from bertgpt.ops import _dispatch
+from bertgpt.ops import _backends
 from bertgpt.validation_cases import samples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +67,11 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
         "kept = labels != -100",
         "ignored",
     ),
+    ("reference/pool", "/ (end - start)", "/ (end - start + 1)", "mean of one more"),
+    ("reference/pool", "tokens[0]", "tokens[-1]", "last token"),
+    ("reference/pool", "tokens.amax(dim=0)", "tokens.abs().amax(dim=0)", "greatest magnitude"),
+    ("portable/pool", "F.normalize(vectors, dim=-1)", "F.normalize(vectors, p=1)", "another norm"),
+    ("portable/pool", "(offsets.diff() == 0)", "(offsets.diff() < 0)", "empty sequences"),
     ("reference/add_layer_norm", "variance + eps", "variance + 3 * eps", "eps"),
     ("reference/add_layer_norm", "centred.square().mean(", "centred.var(", "unbiased variance"),
     ("reference/add_layer_norm", "= total + residual", "= total", "residual dropped"),
@@ -104,8 +109,13 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
     ("portable/attention", "[rows, None] + (S - L)", "[rows, None] + (S - L - 1)", "diagonal"),
     ("portable/attention", ".masked_fill(~allowed, -torch.inf)", "", "additive mask alone"),
     ("portable/attention", "scale=rule.scale)", "scale=0.13)", "scale"),
-    ("portable/linear_gelu", '"gelu", [], approximate)', '"gelu", [], "none")', "erf for tanh"),
-    ("portable/linear_gelu", "F.linear(x, w, b)", "F.linear(x, w)", "bias dropped"),
+    ("portable/linear_gelu", "F.gelu(h, approximate=approximate)", "F.gelu(h)", "erf for tanh"),
+    (
+        "portable/linear_gelu",
+        "gelu(linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))",
+        "gelu(linear(x, w.to(x.dtype))",
+        "bias dropped",
+    ),
     ("portable/gelu_ffn", "w_out.to(x.dtype), b_out)", "w_out.to(x.dtype))", "bias dropped"),
     (
         "portable/linear_cross_entropy",
@@ -123,9 +133,9 @@ PLAIN: tuple[tuple[str, str, str, str], ...] = (
     ("portable/linear_cross_entropy", "grad_b_C += delta_RC", "grad_b_C -= delta_RC", "bias"),
     ("portable/linear_cross_entropy", "delta_RC.mul_(grad_R1[rows])", "", "rows' gradients"),
     ("portable/add_layer_norm", "bias, eps)", "bias, 1e-12)", "eps"),
-    ("portable/paged_attention", "key > last_B1", "key > last_B1 + 1", "length off by one"),
-    ("portable/paged_attention", "< last_B1 - left", "< last_B1 - left - 1", "left off by one"),
-    ("portable/paged_write", "slots % page_size", "(slots + 1) % page_size", "offset"),
+    ("portable/paged_attention", "key > last_R1", "key > last_R1 + 1", "length off by one"),
+    ("portable/paged_attention", "< last_R1 - left", "< last_R1 - left - 1", "left off by one"),
+    ("portable/paged_write", "slot_T1 % N)", "(slot_T1 + 1) % N)", "offset"),
     ("portable/sample", "(x_sorted_BV < x_sorted", "(x_sorted_BV <= x_sorted", "the k-th dropped"),
     ("portable/sample", "mass_BV - weight_BV >=", "mass_BV >=", "top-p drops the last it needs"),
     ("portable/sample", "where(greedy_B, drawn_B)", "where(~greedy_B, drawn_B)", "greedy"),
@@ -154,6 +164,11 @@ KERNELS: tuple[tuple[str, str, str, str], ...] = (
     ("add_layer_norm", "squares / E + eps", "squares / E + 3 * eps", "eps"),
     ("add_layer_norm", "tl.where(i * CHUNK + lanes < E, pieces[i] - mean, 0.0)", "pieces[i] - mean",
      "padding counted in the variance"),
+    ("pool", "tl.maximum(end - first, 1)", "tl.maximum(end - first, 2)", "length of one"),
+    ("pool", "rows < end", "rows <= end", "a token of the next sequence"),
+    ("pool", 'empty = -float("inf") if', "empty = 0.0 if", "no maximum below 0"),
+    ("pool", "tl.where((cols < E) & (first < end), vector, 0.0)", "vector", "−inf of nothing"),
+    ("pool", "vector * vector", "tl.abs(vector)", "another norm"),
     ("paged_attention", "<= tokens[:, None] + (diagonal", "< tokens[:, None] + (diagonal", "mask"),
     ("paged_attention", "(diagonal - window_left)", "(diagonal - window_left - 1)", "window"),
     ("paged_attention", "split_lo + SPLIT_KEYS)", "split_lo + SPLIT_KEYS - 1)", "split edge"),
@@ -252,9 +267,9 @@ def test_the_original_kernel_survives(op):
 def test_kernel_mutant_is_killed(kernel, text, replacement, tmp_path, monkeypatch):
     mutant = _mutate(ROOT / "kernels" / f"{kernel}.py", text, replacement, tmp_path)
     op = _op_of(kernel)
-    load = _dispatch._kernels
+    load = _backends._kernels
     if kernel in HELPERS:
         monkeypatch.setattr(load(op), kernel, getattr(mutant, kernel))
     else:
-        monkeypatch.setattr(_dispatch, "_kernels", lambda m: mutant if m == kernel else load(m))
+        monkeypatch.setattr(_backends, "_kernels", lambda m: mutant if m == kernel else load(m))
     assert not _survives(op, getattr(ops, op), backend="triton")

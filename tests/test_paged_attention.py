@@ -316,3 +316,14 @@ def test_configs_depend_on_neither_the_batch_nor_the_machine_size():
                             assert splits * config.BLOCK_M <= 1024
     narrow, wide = (kernels.pick_config(90, 64, 2, 1, keys) for keys in (16, 2**15))
     assert narrow == wide  # a table's width changes nothing below 32,768 keys
+
+
+def test_tensors_that_change_in_place_between_calls_are_read_anew():
+    """As in a decoding loop that keeps its tables; what is worked out once a step must not stay."""
+    batch = paged_batch((24, 17, 20), dtype=torch.float64)
+    for name, order in (("page_table", [1, 0, 2]), ("lengths", [2, 1, 0])):
+        before = ops.paged_attention(*batch.args, backend="torch")
+        getattr(batch, name).copy_(getattr(batch, name)[order])
+        found, want = (ops.paged_attention(*batch.args, backend=b) for b in BACKENDS)
+        torch.testing.assert_close(found, want, equal_nan=True)
+        assert not torch.equal(found, before)

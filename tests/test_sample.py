@@ -84,6 +84,8 @@ def chi_squared(tokens, probabilities):
         (5, {"top_k": 5, "temperature": 1.5}),
         (4, {"top_p": 0.7}),
         (3, {"top_k": 6, "top_p": 0.7}),
+        (3, {"min_p": 0.45}),
+        (2, {"top_p": 0.7, "min_p": 0.6, "temperature": 0.6}),
     ],
 )
 def test_frequencies_are_the_softmax_of_what_is_kept(kept, run, along):
@@ -267,6 +269,8 @@ def changed(row, value):
         ({"top_k": torch.ones(3)}, TypeError, "top_k must be an int or an int32 or int64 tensor"),
         ({"top_p": 0}, ValueError, r"top_p must lie in \(0, 1\], not 0"),
         ({"top_p": 1.01}, ValueError, "top_p must lie"),
+        ({"min_p": -0.1}, ValueError, r"min_p must lie in \[0, 1\], not -0.1"),
+        ({"min_p": torch.tensor([1, 0, 1.1])}, ValueError, r"min_p .* \(row 2\)"),
         ({"top_p": torch.tensor([1, 0.0, 1])}, ValueError, r"top_p .* \(row 1\)"),
         ({"seed": None}, TypeError, "seed must be an int"),
         ({"seed": 2**64}, ValueError, "seed must fit 64 bits"),
@@ -307,7 +311,7 @@ def test_triton_refuses_in_words():
 def test_registration():
     for rows in (0, 3):
         logits, run = logits_of(rows, 61, torch.float32), settings_of(rows)
-        values = (logits, *(run[name] for name in ("temperature", "top_k", "top_p")))
+        values = (logits, *(run[name] for name in ("temperature", "top_k", "top_p", "min_p")))
         values += tuple(run[name] for name in ("seed", "sequence_ids", "steps"))
         torch.library.opcheck(torch.ops.bertgpt.sample.default, (*values, None))
 

@@ -1,8 +1,11 @@
-"""Derivatives that no rule here has are errors by name, never zeros: second and forward-mode."""
+"""Derivatives: those no rule here has are errors by name, never zeros; first ones, watched."""
+
+from functools import partial
 
 import pytest
 import torch
 from cases import randn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertgpt import ops
 
@@ -10,6 +13,7 @@ CALLS = {
     "linear_gelu": lambda x: ops.linear_gelu(x, randn(8, 16, seed=1), None),
     "gelu_ffn": lambda x: ops.gelu_ffn(x, randn(8, 16, seed=1), None, randn(16, 8, seed=2), None),
     "add_layer_norm": lambda x: ops.add_layer_norm(x, None, randn(16, seed=1), None),
+    "pool": lambda x: ops.pool(x, torch.tensor([0, 1, 3])),
     "attention": lambda x: ops.attention(*(x.view(1, 3, 2, 8),) * 3),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
         x, randn(9, 16, seed=1), None, torch.tensor([1, 2, 3])
@@ -45,3 +49,23 @@ def test_a_forward_mode_derivative_is_an_error_by_name(name):
         with pytest.raises(RuntimeError, match=words):
             CALLS[name](torch.autograd.forward_ad.make_dual(x, tangent))
         CALLS[name](x)  # what has no tangent is none of its business
+
+
+class Watching(TorchDispatchMode):
+    """Lets every operation through, as FLOP counters and memory trackers do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_first_derivative_is_the_same_under_a_dispatch_mode(name, backend, monkeypatch):
+    """A mode shuts autograd out of what runs below it, the recomputed forward pass included."""
+    monkeypatch.setattr(ops, name, partial(getattr(ops, name), backend=backend))
+    x = randn(3, 16).requires_grad_()
+    (plain,) = torch.autograd.grad(CALLS[name](x).pow(2).sum(), x)
+    with Watching():
+        (watched,) = torch.autograd.grad(CALLS[name](x).pow(2).sum(), x)
+    assert watched.equal(plain)
+    assert watched.abs().max() > 0

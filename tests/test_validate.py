@@ -1,11 +1,12 @@
 """The error table: complete, honest about refusals, and red when a backend is wrong."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 
-from bertgpt import validate
+from bertgpt import ops, validate
 from bertgpt.ops._dispatch import OPS
 from bertgpt.validation_cases import OPS as VALIDATED
 from bertgpt.validation_cases import samples
@@ -25,10 +26,36 @@ def test_covers_every_op_backend_and_dtype():
 
 
 @pytest.mark.parametrize("op", VALIDATED)
-def test_every_op_passes_in_half_precision(op, monkeypatch):
-    monkeypatch.setattr(validate, "DTYPES", {torch.bfloat16: "bf16"})
-    rows = validate.run(op, "cpu")
-    assert [row.verdict for row in rows if row.backend in ("torch", "reference")] == ["pass"] * 2
+def test_every_op_passes_in_every_dtype(op):
+    verdicts = {
+        (row.backend, row.dtype): row.verdict
+        for row in validate.run(op, "cpu")
+        if row.backend in ("torch", "reference")
+    }
+    assert len(verdicts) == 2 * len(validate.DTYPES)
+    assert set(verdicts.values()) == {"pass"}
+
+
+@pytest.mark.parametrize("op", sorted(name for name, op in OPS.items() if op.differentiable))
+def test_every_gradient_is_measured(op):
+    names = list(inspect.signature(getattr(ops, op)).parameters)
+    measured = {
+        place if isinstance(place, str) else names[place]
+        for sample in samples(op, torch.float32)
+        for place in sample.wrt
+    }
+    assert measured == set(OPS[op].differentiable)
+
+
+def test_a_wrong_gradient_fails(monkeypatch):
+    monkeypatch.setattr(validate, "DTYPES", {torch.float32: "fp32"})
+
+    def zeros(call, grads, saved, names):
+        return {name: torch.zeros_like(call[name]) for name in names}
+
+    monkeypatch.setattr(OPS["gelu_ffn"], "gradients", zeros)
+    rows = validate.run("gelu_ffn", "cpu")
+    assert [row.verdict for row in rows if row.backend == "torch"] == ["FAIL"]
 
 
 def test_a_biased_backend_fails(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,19 +18,17 @@ from bertgpt.cuda.extension import (
 )
 
 
-def unsupported(
-    *, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, **call: Any
-) -> str | None:
+def unsupported(call: Mapping[str, Any]) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
+    x, residual, weight, bias = call["x"], call["residual"], call["weight"], call["bias"]
     width, widest = x.shape[-1], extension().MAX_NORM_WIDTH
     if width > widest:
         return f"rows of {width} columns do not fit registers (at most {widest})"
     if width * x.element_size() % ACCESS_BYTES:
         return f"rows of {width} columns are not a multiple of {ACCESS_BYTES} bytes"
-    parameters = {"weight": weight, "bias": bias}
     if bias is not None and bias.dtype != weight.dtype:
         return "weight and bias differ in dtype"
-    return misaligned_names({"x": x, "residual": residual, **parameters})
+    return misaligned_names({"x": x, "residual": residual, "weight": weight, "bias": bias})
 
 
 def add_layer_norm(
@@ -72,17 +71,18 @@ def add_layer_norm(
         seed_at = seed.data_ptr()
     elif seed is not None:
         seed_value = int(seed)
+    keep = 1.0 - dropout_p
     extension().add_layer_norm(
         rows.data_ptr(), 0 if added is None else added.data_ptr(), weight.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(),
         0 if total is None else total.data_ptr(), seed_at, seed_value, rows.shape[0],
         rows.stride(0), 0 if added is None else added.stride(0),
-        math.floor(dropout_p * 2**32), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0, eps,
-        width, weight.dtype != x.dtype, DTYPES[x.dtype], stream_of(x.device),
+        math.floor(dropout_p * 2**32), 1.0 / keep if keep else 0.0, eps,
+        width, weight.dtype != x.dtype, DTYPES[x.dtype], stream_of(x),
     )  # fmt: skip
     return y, total
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.is_contiguous() or rows.stride(1) == 1 else rows.contiguous()

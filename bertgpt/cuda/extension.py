@@ -24,7 +24,7 @@ _MEANINGS = {  # of the bits in csrc/device/error_flag.cuh
     "table (it was clamped)",
     4: "a slot lies past the last page (its token was skipped)",
     8: "a row of logits holds NaN, +inf or nothing but -inf (its token is -1)",
-    16: "a temperature, top_k or top_p is out of its range (its row's token is -1)",
+    16: "a temperature, top_k, top_p or min_p is out of its range (its row's token is -1)",
 }
 _INDEX_BITS = 1 | 2 | 4
 
@@ -61,24 +61,35 @@ def unavailable() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def wrong_device(device: torch.device) -> str | None:
-    """Why the extension at hand does not take tensors on `device`, or None."""
+def wrong_device(tensor: Tensor) -> str | None:
+    """Why the extension at hand does not take tensors where `tensor` lies, or None."""
     if extension().HOST:
-        return None if device.type == "cpu" else "the host engine takes CPU tensors alone"
-    if device.type != "cuda":
-        return f"the tensors are on {device}, it needs a CUDA device"
-    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
+        return None if tensor.is_cpu else "the host engine takes CPU tensors alone"
+    if not tensor.is_cuda:
+        return f"the tensors are on {tensor.device}, it needs a CUDA device"
+    if capability(tensor.device) < MIN_CAPABILITY:
+        major, minor = capability(tensor.device)
+        return f"compute capability {major}.{minor} is below 7.5"
     return None
 
 
-def stream_of(device: torch.device) -> int:
-    """The address of torch's current stream on `device`; 0 for the host engine."""
-    return 0 if extension().HOST else torch.cuda.current_stream(device).cuda_stream
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device; torch takes as long as a launch to look it up."""
+    return torch.cuda.get_device_capability(device)
 
 
-def error_flag(device: torch.device) -> int:
-    """The address of the word on `device` in which kernels tell of what they skipped."""
+def stream_of(tensor: Tensor) -> int:
+    """The address of torch's current stream where `tensor` lies; 0 for the host engine.
+
+    By the call that Triton and Inductor use: `torch.cuda.current_stream` makes an object first.
+    """
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
+
+
+def error_flag(tensor: Tensor) -> int:
+    """The address of the word, where `tensor` lies, in which kernels tell of what they skipped."""
+    device = tensor.device
     flag = _FLAGS.get(device)
     if flag is None:
         flag = _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -121,8 +132,15 @@ def misaligned(tensor: Tensor) -> bool:
 
 
 def misaligned_names(tensors: dict[str, Tensor | None]) -> str | None:
-    """The refusal of tensors with rows that 16-byte accesses cannot take, or None."""
-    names = [name for name, t in tensors.items() if t is not None and misaligned(t)]
+    """The refusal of tensors with rows that 16-byte accesses cannot take, or None.
+
+    A row of each must itself be a multiple of 16 bytes, so that contiguous ones follow the first.
+    """
+    names = [
+        name
+        for name, t in tensors.items()
+        if t is not None and (t.data_ptr() % ACCESS_BYTES if t.is_contiguous() else misaligned(t))
+    ]
     if not names:
         return None
     return f"rows of {' and '.join(names)} do not start at multiples of {ACCESS_BYTES} bytes"

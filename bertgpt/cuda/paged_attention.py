@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,52 +16,25 @@ MAX_KEYS = 2**27  # a split's key positions, at most a 32nd of it doubled, are d
 MAX_ROWS = 2**31 - 1
 
 
-def unsupported(
-    *,
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor | None,
-    **call: Any,
-) -> str | None:
+def unsupported(call: Mapping[str, Any]) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
-    if cu_seqlens_q is not None:
+    if call["cu_seqlens_q"] is not None:
         return "it decodes one token a sequence, not chunks (cu_seqlens_q)"
+    q, k_pages = call["q"], call["k_pages"]
     tokens, heads, head_dim = q.shape
     if head_dim not in HEAD_DIMS:
         return f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     pages, _, page_size, _ = k_pages.shape
     if page_size not in PAGE_SIZES:
         return f"pages of {page_size} tokens are outside 8 … 256"
-    if (keys := page_table.shape[1] * page_size) > MAX_KEYS:
+    _, max_pages = call["page_table"].shape
+    if (keys := max_pages * page_size) > MAX_KEYS:
         return f"the page table has room for {keys} keys a sequence, above {MAX_KEYS}"
     if pages > MAX_ROWS:
         return f"the pool has {pages} pages, above {MAX_ROWS}"
     if tokens * heads > MAX_ROWS:
         return f"{tokens} sequences of {heads} heads are above {MAX_ROWS} rows"
-    return misaligned_names({"q": q, "k_pages": k_pages, "v_pages": v_pages})
-
-
-def paged_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int,
-    causal: bool,
-    window: tuple[int, int] | None,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`paged_decode` with the arguments of the op; the newest token has no key to its right."""
-    return paged_decode(
-        q, k_pages, v_pages, page_table, lengths, window_left=window[0] if window else -1,
-        scale=scale, return_lse=return_lse,
-    )  # fmt: skip
+    return misaligned_names({"q": q, "k_pages": k_pages, "v_pages": call["v_pages"]})
 
 
 def paged_decode(
@@ -114,9 +88,13 @@ def paged_decode(
         raise ValueError(f"prefix_keys is {prefix_keys}, but the page table holds {longest} keys")
     if (new_k is None) != (new_v is None):
         raise ValueError("new_k and new_v go together")
-    for name, rows in (("new_k", new_k), ("new_v", new_v)):
-        if rows is not None:
-            _check_new(name, rows, q, kv_heads)
+    new_at: tuple[int, ...] = (0, 0)
+    new_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if new_k is not None and new_v is not None:
+        _check_new("new_k", new_k, q, kv_heads)
+        _check_new("new_v", new_v, q, kv_heads)
+        new_at = (new_k.data_ptr(), new_v.data_ptr())
+        new_strides = (*new_k.stride()[:2], *new_v.stride()[:2])
     kernels = extension()
     window_left = -1 if window_left >= longest else window_left
     own = longest if window_left < 0 else min(longest, window_left + 1)
@@ -125,22 +103,20 @@ def paged_decode(
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, batch, device=q.device) if return_lse else None
-    part = part_lse = None
+    parts_at = (0, 0)
     if slots > 1:
         part = torch.empty(batch, heads, slots, dim, device=q.device)
         part_lse = torch.empty(batch, heads, slots, device=q.device)
-    new_strides = [
-        stride for t in (new_k, new_v) for stride in (t.stride()[:2] if t is not None else (0, 0))
-    ]
+        parts_at = (part.data_ptr(), part_lse.data_ptr())
     kernels.paged_decode(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(),
-        lengths.data_ptr(), out.data_ptr(), _address(lse), _address(part), _address(part_lse),
-        _address(new_k), _address(new_v), error_flag(q.device),
+        lengths.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *parts_at,
+        *new_at, error_flag(q),
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], *new_strides,
         *page_table.stride(), lengths.stride(0), pages, batch, heads, kv_heads, dim, page_size,
         max_pages, window_left, prefix_keys, slots, dim**-0.5 if scale is None else scale,
         page_table.dtype == torch.int64, lengths.dtype == torch.int64, DTYPES[q.dtype],
-        stream_of(q.device),
+        stream_of(q),
     )  # fmt: skip
     return out, lse
 
@@ -156,7 +132,3 @@ def _check_new(name: str, rows: Tensor, q: Tensor, kv_heads: int) -> None:
         raise ValueError(f"{name} must have last stride 1, not strides {rows.stride()}")
     if (reason := misaligned_names({name: rows})) is not None:
         raise ValueError(f"{reason}; copy it (.clone())")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ MAX_SLOTS = 2**31 - 1
 MAX_TOKENS = 2**31 - 1  # the grid's
 
 
-def unsupported(*, k: Tensor, k_pages: Tensor, **call: Any) -> str | None:
+def unsupported(call: Mapping[str, Any]) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
-    slots = k_pages.shape[0] * k_pages.shape[2]
-    if slots > MAX_SLOTS:
-        return f"the pool has {slots} slots, above {MAX_SLOTS}"
-    if k.shape[0] > MAX_TOKENS:
-        return f"{k.shape[0]} tokens are above {MAX_TOKENS}"
+    (tokens, _, _), (pages, _, page_size, _) = call["k"].shape, call["k_pages"].shape
+    if pages * page_size > MAX_SLOTS:
+        return f"the pool has {pages * page_size} slots, above {MAX_SLOTS}"
+    if tokens > MAX_TOKENS:
+        return f"{tokens} tokens are above {MAX_TOKENS}"
     return None
 
 
@@ -41,14 +42,18 @@ def paged_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: T
     size = k.element_size()
     strides = [
         stride * size
-        for tensor, dims in ((k, 2), (v, 2), (k_pages, 3), (v_pages, 3))
-        for stride in tensor.stride()[:dims]
+        for stride in (
+            *k.stride()[:2],
+            *v.stride()[:2],
+            *k_pages.stride()[:3],
+            *v_pages.stride()[:3],
+        )
     ]
-    addresses = [t.data_ptr() for t in (k, v, k_pages, v_pages)]
+    addresses = (k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr())
     common = math.gcd(head_dim * size, *strides, *addresses)
-    access = next(width for width in (16, 4, 2) if common % width == 0)
+    access = 16 if common % 16 == 0 else 4 if common % 4 == 0 else 2
     extension().paged_write(
-        *addresses, slots.data_ptr(), error_flag(k.device), *strides, slots.stride(0), tokens,
+        *addresses, slots.data_ptr(), error_flag(k), *strides, slots.stride(0), tokens,
         pages, kv_heads, page_size, head_dim * size, access, slots.dtype == torch.int64,
-        stream_of(k.device),
+        stream_of(k),
     )  # fmt: skip

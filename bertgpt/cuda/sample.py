@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from bertgpt.cuda.extension import DTYPES, error_flag, extension, stream_of
 MAX_ROWS = 2**31 - 1  # the grid's
 
 
-def unsupported(*, logits: Tensor, **call: Any) -> str | None:
+def unsupported(call: Mapping[str, Any]) -> str | None:
     """Why this kernel can't take a call that the common checks let through, or None."""
-    if logits.shape[0] > MAX_ROWS:
-        return f"{logits.shape[0]} rows are above {MAX_ROWS}"
+    rows, _ = call["logits"].shape
+    if rows > MAX_ROWS:
+        return f"{rows} rows are above {MAX_ROWS}"
     return None
 
 
@@ -25,6 +27,7 @@ def sample(
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     sequence_ids: Tensor,
     steps: Tensor,
@@ -37,6 +40,7 @@ def sample(
             CPU; what lies on the device is read there.
         top_k: int64.
         top_p: float32.
+        min_p: float32.
         seed: int64.
         sequence_ids: int64.
         steps: int64, of which the low 32 bits count.
@@ -50,14 +54,17 @@ def sample(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     arguments: list[float] = []
     kept = []  # copies, until the launch
-    for setting in (temperature, top_p, top_k, seed, sequence_ids, steps):
-        if setting.dim() == 0 and setting.device.type == "cpu":
+    for setting in (temperature, top_p, min_p, top_k, seed, sequence_ids, steps):
+        if setting.dim():
+            kept.append(setting.contiguous())
+        elif setting.is_cpu:
             arguments += (0, setting.item())
+            continue
         else:
             kept.append(setting.expand(rows).contiguous())
-            arguments += (kept[-1].data_ptr(), 0)
+        arguments += (kept[-1].data_ptr(), 0)
     extension().sample(
-        logits.data_ptr(), tokens.data_ptr(), error_flag(logits.device), *arguments, rows,
-        logits.stride(0), vocabulary, DTYPES[logits.dtype], stream_of(logits.device),
+        logits.data_ptr(), tokens.data_ptr(), error_flag(logits), *arguments, rows,
+        logits.stride(0), vocabulary, DTYPES[logits.dtype], stream_of(logits),
     )  # fmt: skip
     return tokens

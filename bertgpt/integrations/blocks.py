@@ -144,16 +144,16 @@ def add_norm(
         total = (x if dropout is None else dropout(x)) + residual
         return norm(total), total
     with _without_autocast(x.device.type):
-        y, total = ops.add_layer_norm(
+        made: Any = ops.add_layer_norm(
             x.to(residual.dtype),
             residual,
             norm.weight,
             norm.bias,
             eps=norm.eps,
             dropout_p=p,
-            return_sum=True,
+            return_sum=return_sum,
         )
-    return y, total
+    return made if return_sum else (made, made)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:

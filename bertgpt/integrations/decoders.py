@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
 )
 
 from bertgpt.integrations.blocks import Mask, Patched
-from bertgpt.integrations.inspection import collecting, first_obstacle
+from bertgpt.integrations.inspection import collecting, obstacle, obstacle_below
 from bertgpt.integrations.padding import Packing, may_pack
 
 # What the packed pass knows; where anything else is asked for, stock's forward runs.
@@ -102,7 +102,7 @@ class GPT2Model(Patched):
         if any(not isinstance(block, Patched) or block.obstacles() for block in self.h):
             return False
         norm = self.last_norm()
-        if first_obstacle((*self.h.modules(), *([] if norm is None else [norm]))):
+        if obstacle_below(self.h) or (norm is not None and obstacle(norm)):
             return False
         return not bool(mask.all())
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bertgpt.integrations.blocks import Attention, FeedForward, Mask, Parts, Patched, add_norm
-from bertgpt.integrations.inspection import collecting, first_obstacle
+from bertgpt.integrations.inspection import collecting, obstacle_below
 from bertgpt.integrations.padding import Packing, key_padding, may_pack, takes
 
 Norm = tuple[nn.Module | None, nn.Module]
@@ -143,7 +143,7 @@ class Encoder(Patched):
             kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")
         ):
             return None
-        if first_obstacle(module for module in self.modules() if module is not self):
+        if obstacle_below(self):
             return None
         for layer in self.layers():
             if not isinstance(layer, PostNormLayer) or layer.obstacles():

@@ -69,13 +69,23 @@ def first_obstacle(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
+def obstacle_below(module: nn.Module) -> str | None:
+    """The first obstacle among the modules inside `module`, at any depth."""
+    for child in module._modules.values():  # not `modules()`, which takes ten times as long
+        if child is not None:
+            reason = obstacle(child) or obstacle_below(child)
+            if reason is not None:
+                return reason
+    return None
+
+
 def is_linear(module: Any) -> bool:
     """Whether `module` maps each token's features alone, so that packed tokens may go through it.
 
     Linear layers do, and what adapters and quantisers put in their place: those say so by
     `in_features` and `out_features`.
     """
-    return type(module) is Conv1D or (
+    return type(module) in (nn.Linear, Conv1D) or (
         isinstance(module, nn.Module)
         and hasattr(module, "in_features")
         and hasattr(module, "out_features")

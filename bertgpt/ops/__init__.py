@@ -9,6 +9,7 @@ from bertgpt.ops.linear_cross_entropy import linear_cross_entropy
 from bertgpt.ops.linear_gelu import linear_gelu
 from bertgpt.ops.paged_attention import paged_attention
 from bertgpt.ops.paged_write import paged_write
+from bertgpt.ops.pool import pool
 from bertgpt.ops.sample import sample
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "linear_gelu",
     "paged_attention",
     "paged_write",
+    "pool",
     "raise_pending",
     "sample",
     "strict",

@@ -1,20 +1,22 @@
 """One autograd rule per op: its backward operator runs on the backend that ran the forward pass.
 
 The backward pass is an operator of its own, `<op>_backward`, so a compiled graph holds one opaque
-call. Where the backend brings a gradient (`Backend.backward`), that runs; where it does not, the
-forward pass is computed again on `torch` (or `reference`, where that was asked for) and
-differentiated. Saved are the inputs, and those outputs that a gradient asks for.
+call. Where the backend brings a gradient (`Backend.backward`), that runs; where it does not, or not
+for this call, the forward pass is computed again on `torch` (or `reference`, where that was asked
+for) and differentiated. Saved are the inputs, and those outputs that a gradient asks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertgpt.ops._dispatch import LIBRARY, Call, Op
+from bertgpt.ops._backends import Call
+from bertgpt.ops._dispatch import LIBRARY, Op
 
 
 def register_backward(op: Op, outputs: int = 1, saved: tuple[int, ...] = ()) -> None:
@@ -117,12 +119,23 @@ def _once(
     return gradients if source is None else _Once.apply(name, source, *gradients)
 
 
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd records, also where a dispatch mode (a FLOP counter) has shut it out down here."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+    with ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
 def _differentiated(
     op: Op, call: Call, names: tuple[str, ...], grads: list[Tensor]
 ) -> Mapping[str, Tensor]:
     """The gradients by autograd through the forward pass, computed again."""
     backend = "reference" if call["backend"] == "reference" else "torch"
-    with torch.enable_grad():
+    with _recorded():
         leaves = {n: call[n].detach().requires_grad_() for n in names}
         results = op.run(backend, {**call, **leaves})
         results = (results,) if isinstance(results, Tensor) else results

@@ -14,6 +14,11 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
+_HALVES = (torch.float16, torch.bfloat16)
+# Here, since `a | b` makes an object each time it runs.
+_BOOLS = (bool, torch.SymBool)
+_INTS = (int, torch.SymInt)
+_NUMBERS = (int, float, torch.SymFloat)
 _WIDEST = 2**62  # of a window: added to a position, a larger bound would wrap
 
 
@@ -36,8 +41,8 @@ def check_rows(name: str, value: Any) -> None:
 
 def check_parameter(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """`value`, a weight or bias, has the dtype of `other`, or float32 beside half; its device."""
-    half = other.dtype in (torch.float16, torch.bfloat16)
-    if not (half and value.dtype == torch.float32):
+    beside_half = value.dtype == torch.float32 and other.dtype in _HALVES
+    if value.dtype != other.dtype and not beside_half:
         check_like(name, value, other_name, other)
     check_device(name, value, other_name, other)
 
@@ -52,7 +57,8 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
     """`value` has the dtype and device of `other`."""
     if value.dtype != other.dtype:
         raise TypeError(f"{name} is {value.dtype} but {other_name} is {other.dtype}; convert one")
-    check_device(name, value, other_name, other)
+    if value.device != other.device:
+        check_device(name, value, other_name, other)
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -71,6 +77,13 @@ def check_index(name: str, value: Any, rank: int) -> None:
         raise TypeError(f"{name} must be int32 or int64, not {value.dtype}")
     if value.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions, not shape {tuple(value.shape)}")
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """`tensor`, copied where its last stride is not 1."""
+    if tensor.is_contiguous() or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
@@ -111,7 +124,7 @@ def in_range(values: Tensor, low: int, high: int) -> bool:
 
 def check_flag(name: str, value: Any) -> bool:
     """`value` is True or False: "no" or 0 would pass for one by its truth."""
-    if not isinstance(value, bool | torch.SymBool):
+    if not isinstance(value, _BOOLS):
         raise TypeError(f"{name} must be True or False, not {value!r}")
     return bool(value)
 
@@ -120,7 +133,7 @@ def check_longest(name: str, value: Any) -> None:
     """`value`, a bound on sequence lengths, is None or an integer that is not negative."""
     if value is None:
         return
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, _INTS) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if value < 0:
         raise ValueError(f"{name} must not be negative, it is {value}")
@@ -144,7 +157,7 @@ def check_window(window: Any) -> tuple[int, int]:
 
 def check_number(name: str, value: Any) -> float:
     """`value` is a number, and not NaN."""
-    if not isinstance(value, int | float | torch.SymFloat) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, not {value!r}")
     if value != value:
         raise ValueError(f"{name} must be a number, not NaN")
@@ -156,7 +169,7 @@ def check_dropout(dropout_p: float) -> float:
     dropout_p = check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], not {dropout_p}")
-    return float(dropout_p)
+    return dropout_p
 
 
 def as_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
@@ -178,7 +191,7 @@ def as_word(name: str, value: int) -> Tensor:
     """64 bits, signed or not, as a 0-dim int64 tensor."""
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name} must fit 64 bits, not {value}")
-    return torch.tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64)
+    return torch.scalar_tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64)
 
 
 def autocasting(device_type: str) -> bool:
@@ -188,6 +201,8 @@ def autocasting(device_type: str) -> bool:
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, floating tensors (float64 aside) in its dtype; otherwise as they are."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device_type = next(t.device.type for t in tensors if t is not None)
     if not autocasting(device_type):
         return tensors

@@ -8,20 +8,23 @@ a call (`_watched.py`), the same code runs without the registered operator aroun
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from bertgpt.cuda import extension
+from bertgpt.ops._backends import (
+    Backend,
+    Call,
+    device_of,
+    first_tensor,
+)
 from bertgpt.ops._checks import autocasting
 from bertgpt.ops._watched import refuse_tangents, watched
 
@@ -31,9 +34,6 @@ OPS: dict[str, Op] = {}
 
 _STRICT: ContextVar[bool] = ContextVar("bertgpt_strict", default=False)
 _AS_IT_IS = nullcontext()
-_MIN_CAPABILITY = (8, 0)  # below, Triton lowers tl.dot to scalar FMAs with kilobytes of spills
-
-Call = Mapping[str, Any]
 
 
 class BackendUnavailable(RuntimeError):
@@ -53,119 +53,6 @@ def strict() -> Iterator[None]:
         yield
     finally:
         _STRICT.reset(token)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of an op.
-
-    Attributes:
-        run: Takes the checked arguments by keyword and returns the registered op's outputs; None
-            in place of one that was not asked for.
-        refusal: Takes the same, with `needs_grad` and `backend`, and says in words why it cannot
-            run, or None.
-        backward: Takes the outputs' gradients, the outputs that were saved, the names of the inputs
-            to differentiate by, and the checked arguments by keyword; returns the gradients by
-            name. None where it has no gradient of its own.
-    """
-
-    run: Callable[..., Any]
-    refusal: Callable[..., str | None] = lambda **call: None
-    backward: Callable[..., Mapping[str, torch.Tensor]] | None = None
-
-
-def triton_backend(
-    module: str, run: Callable[..., Any], backward: Callable[..., Any] | None = None
-) -> Backend:
-    """A backend of `bertgpt.kernels.<module>`, imported at its first use.
-
-    `run` receives that module first, then the call; the module's `unsupported(**call)` refuses.
-    `backward` receives `bertgpt.kernels.<module>_backward` first, then what `Backend` says.
-    """
-
-    def execute(**call: Any) -> Any:
-        with _current(device_of(call)):
-            return run(_kernels(module), **call)
-
-    def differentiate(*gradients: Any, **call: Any) -> Any:
-        assert backward is not None
-        with _current(device_of(call)):
-            return backward(_kernels(f"{module}_backward"), *gradients, **call)
-
-    def refusal(**call: Any) -> str | None:
-        reason = _no_triton() or _triton_cannot(call, backward is not None)
-        return reason or _kernels(module).unsupported(**call)
-
-    return Backend(execute, refusal, differentiate if backward is not None else None)
-
-
-def cuda_backend(module: str, run: Callable[..., Any]) -> Backend:
-    """A backend of `bertgpt.cuda.<module>`, the C++ kernels, imported at its first use.
-
-    `run` receives that module first, then the call; the module's `unsupported(**call)` refuses.
-    """
-
-    def execute(**call: Any) -> Any:
-        with _current(device_of(call)):
-            return run(_cuda(module), **call)
-
-    def refusal(**call: Any) -> str | None:
-        reason = _cuda_cannot(call)
-        if reason is None:
-            reason = _cuda(module).unsupported(**call)
-        return reason
-
-    return Backend(execute, refusal)
-
-
-@cache
-def _cuda(module: str) -> ModuleType:
-    return importlib.import_module(f"bertgpt.cuda.{module}")
-
-
-def _cuda_cannot(call: Call) -> str | None:
-    """What no C++ kernel of this library does, whichever the op."""
-    if (reason := extension.unavailable()) is not None:
-        return reason
-    if call.get("needs_grad"):
-        return "it has no gradient and an input requires one (wrap the call in torch.no_grad())"
-    first = first_tensor(call)
-    if first.dtype == torch.float64:
-        return "float64 is for the torch and reference backends"
-    return extension.wrong_device(first.device)
-
-
-@cache
-def _kernels(module: str) -> ModuleType:
-    """`bertgpt.kernels.<module>`; Triton's interpreter is mended first where it is in use."""
-    if importlib.import_module("bertgpt.kernels.device").interpreting():
-        importlib.import_module("bertgpt.kernels.interpreter").repair_bfloat16()
-    return importlib.import_module(f"bertgpt.kernels.{module}")
-
-
-@cache
-def _no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton, on Linux)"
-    return None
-
-
-def _triton_cannot(call: Call, has_gradient: bool) -> str | None:
-    """What no Triton kernel of this library does, whichever the op."""
-    first = first_tensor(call)
-    if call.get("needs_grad") and not has_gradient:
-        return "it has no gradient and an input requires one (wrap the call in torch.no_grad())"
-    if first.dtype == torch.float64:
-        return "float64 is for the torch and reference backends"
-    if first.device.type == "cpu":
-        if not importlib.import_module("bertgpt.kernels.device").interpreting():
-            return "the tensors are on the CPU (only TRITON_INTERPRET=1 runs Triton there)"
-    elif first.device.type != "cuda":
-        return f"the tensors are on {first.device}, Triton needs a CUDA device"
-    elif torch.cuda.get_device_capability(first.device) < _MIN_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(first.device)
-        return f"compute capability {major}.{minor} is below 8.0, whose tensor cores it needs"
-    return None
 
 
 class Op:
@@ -210,9 +97,9 @@ class Op:
 
     def __call__(self, call: Call) -> Any:
         """Runs what `check` returned: as the registered operator where something watches."""
-        tensors = {name: call[name] for name in self.tensors}
-        refuse_tangents(self.name, tensors)
-        if call.get("needs_grad") or watched(tensors.values()):
+        tensors = [call[name] for name in self.tensors]
+        refuse_tangents(self.name, self.tensors, tensors)
+        if call.get("needs_grad") or watched(tensors):
             return self.overload(*(call[field] for field in self.fields))
         return self._execute(call)
 
@@ -239,12 +126,10 @@ class Op:
 
     def run(self, name: str, call: Call) -> Any:
         """Backend `name`'s outputs for a call whose values have been checked."""
-        arguments = dict(call)
-        arguments.pop("needs_grad", None)
-        arguments.pop("backend", None)
-        autocast = torch._C._is_any_autocast_enabled()
-        with _without_autocast(device_of(call).type) if autocast else _AS_IT_IS:
-            return self.backends[name].run(**arguments)
+        if not torch._C._is_any_autocast_enabled():
+            return self.backends[name](call)
+        with _without_autocast(device_of(call).type):
+            return self.backends[name](call)
 
     def gradients(
         self,
@@ -266,7 +151,7 @@ class Op:
         if name not in self.backends:
             kind = {"cuda": "CUDA C++", "triton": "Triton"}[name]
             return f"{self.name} has no {kind} kernel in this build"
-        return self.backends[name].refusal(**call)
+        return self.backends[name].refusal(call)
 
     def resolve(self, call: Call) -> str:
         """The name of the backend that runs `call`; raises BackendUnavailable, or warns once."""
@@ -299,25 +184,9 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if autocasting(device_type) else _AS_IT_IS
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels launch on the current device, whichever the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else _AS_IT_IS
-
-
 @cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def first_tensor(call: Call) -> torch.Tensor:
-    """The first argument of a checked call, which is a tensor in each op."""
-    tensor: torch.Tensor = next(iter(call.values()))
-    return tensor
-
-
-def device_of(call: Call) -> torch.device:
-    """The device of a checked call."""
-    return first_tensor(call).device
 
 
 def default_order(device: torch.device) -> tuple[str, ...]:

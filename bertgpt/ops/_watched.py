@@ -6,15 +6,17 @@ long as a small kernel's launch, to find nothing to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 
-def watched(tensors: Iterable[Tensor | None]) -> bool:
+def watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call must go through its registered operator, because something watches it.
 
     That is: `torch.compile` or export, `torch.jit.trace`, a profiler, a `TorchDispatchMode` (fake
@@ -27,29 +29,31 @@ def watched(tensors: Iterable[Tensor | None]) -> bool:
         tensors: The call's tensors; None for one that was not given.
     """
     if (
-        torch.compiler.is_compiling()  # first: a compiler must not look at what follows
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_tracing()
+        is_compiling()  # first: a compiler must not look at what follows
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or _is_tracing()
         or profiler._is_profiler_enabled
     ):
         return True
     for tensor in tensors:
         if tensor is not None:
-            plain = type(tensor) is Tensor or type(tensor) is Parameter
-            if not plain or tensor.is_neg() or tensor._is_zerotensor():
+            kind = type(tensor)
+            if not (kind is Tensor or kind is Parameter):
+                return True
+            if tensor.is_neg() or tensor._is_zerotensor():
                 return True
             if not (tensor.is_cpu or tensor.is_cuda):
                 return True
     return False
 
 
-def refuse_tangents(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+def refuse_tangents(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where forward-mode derivatives, which no rule here has, would be lost."""
     if forward_ad._current_level < 0:
         return
-    for name, tensor in tensors.items():
+    for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
                 f"{op} has no forward-mode derivative (jvp, dual tensors), which {name} asks for: "

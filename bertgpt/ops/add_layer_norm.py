@@ -11,15 +11,9 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import (
-    Backend,
-    Call,
-    Op,
-    check_backend,
-    cuda_backend,
-    needs_grad,
-    triton_backend,
-)
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
+from bertgpt.portable.add_layer_norm import add_layer_norm_backward
 
 
 def add_layer_norm(
@@ -91,17 +85,22 @@ def _check(
     if residual is not None:
         checks.check_like("residual", residual, "x", x)
         checks.check_shape("residual", residual, x.shape, "x's shape")
-    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for name, parameter in parameters.items():
-        checks.check_tensor(name, parameter, rank=1)
-        checks.check_parameter(name, parameter, "x", x)
-        checks.check_shape(name, parameter, x.shape[-1:], "one per column of x")
+    columns = x.shape[-1:]
+    _check_columns("weight", weight, x, columns)
+    if bias is not None:
+        _check_columns("bias", bias, x, columns)
     return {
         "x": x, "residual": residual, "weight": weight, "bias": bias, "eps": float(eps),
         "dropout_p": dropout_p, "seed": checks.as_seed(seed, dropout_p),
         "return_sum": checks.check_flag("return_sum", return_sum),
         "needs_grad": needs_grad(x, residual, weight, bias), "backend": backend,
     }  # fmt: skip
+
+
+def _check_columns(name: str, parameter: Tensor, x: Tensor, columns: tuple[int, ...]) -> None:
+    checks.check_tensor(name, parameter, rank=1)
+    checks.check_parameter(name, parameter, "x", x)
+    checks.check_shape(name, parameter, columns, "one per column of x")
 
 
 def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
@@ -114,8 +113,23 @@ def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
     return y.contiguous(), total.contiguous()
 
 
-def _run_kernel(kernels: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
-    return kernels.add_layer_norm(**call)
+def _run_cuda(kernels: Any, call: Call) -> tuple[Tensor, Tensor | None]:
+    return kernels.add_layer_norm(
+        call["x"], call["residual"], call["weight"], call["bias"], eps=call["eps"],
+        dropout_p=call["dropout_p"], seed=call["seed"], return_sum=call["return_sum"],
+    )  # fmt: skip
+
+
+def _differentiate_torch(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_sum: bool,
+    **call: Any,
+) -> dict[str, Tensor]:
+    grad_y, grad_sum = grads
+    return add_layer_norm_backward(grad_y, grad_sum if return_sum else None, names, **call)
 
 
 def _differentiate_triton(
@@ -142,9 +156,15 @@ _OP = Op(
     " -> (Tensor, Tensor)",
     check=_check,
     backends={
-        "cuda": cuda_backend("add_layer_norm", _run_kernel),
-        "triton": triton_backend("add_layer_norm", _run_kernel, _differentiate_triton),
-        "torch": Backend(lambda **call: _run(portable.add_layer_norm, **call)),
+        "cuda": cuda_backend("add_layer_norm", _run_cuda),
+        "triton": triton_backend(
+            "add_layer_norm",
+            lambda kernels, **c: kernels.add_layer_norm(**c),
+            _differentiate_triton,
+        ),
+        "torch": Backend(
+            lambda **call: _run(portable.add_layer_norm, **call), backward=_differentiate_torch
+        ),
         "reference": Backend(lambda **call: _run(reference.add_layer_norm, **call)),
     },
     fake=_fake,

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._backends import Backend, Call, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
+from bertgpt.portable.attention_backward import attention_backward
 
 MAX_HEAD_DIM = 256
 
@@ -193,7 +195,7 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
         finite = torch.finfo(torch.float32)
         clamped = mask.clamp(finite.min, finite.max).float()
         mask = clamped.masked_fill(mask == -torch.inf, -torch.inf)
-    return mask.expand(shape)
+    return mask.view(aligned)  # in its own shape, since its gradient has that too
 
 
 def _check_key_lengths(key_lengths: Any, q: Tensor) -> None:
@@ -233,13 +235,16 @@ def _longest(cu_seqlens: Tensor | None, given: int | None) -> int | None:
 
 
 def _prepared(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with what all backends want: unit last strides and both longest lengths."""
+    """The call with what all backends want: unit last strides, longest lengths, a whole mask."""
     for name in ("q", "k", "v"):
         if call[name].stride(-1) != 1:
             call[name] = call[name].contiguous()
     for side in ("q", "k"):
         longest = _longest(call[f"cu_seqlens_{side}"], call[f"max_seqlen_{side}"])
         call[f"max_seqlen_{side}"] = longest
+    if call["mask"] is not None:
+        q, k = call["q"], call["k"]
+        call["mask"] = call["mask"].expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     call["window"] = tuple(call["window"])
     return call
 
@@ -255,6 +260,18 @@ def _run(function: Any, *, return_stats: bool, **call: Any) -> Outputs:
     return out.contiguous(), None if lse is None else lse.contiguous(), stats
 
 
+def _differentiate_torch(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_lse: bool,
+    return_stats: bool,
+    **call: Any,
+) -> Mapping[str, Tensor] | None:
+    return attention_backward(grads[0], **_prepared(call))
+
+
 def _run_triton(kernels: Any, **call: Any) -> Outputs:
     return kernels.attention_fwd(**_prepared(call))
 
@@ -268,10 +285,9 @@ def _differentiate_triton(
     return_lse: bool,
     return_stats: bool,
     **call: Any,
-) -> Mapping[str, Tensor] | None:
-    if "mask" in names:  # the forward pass refuses, but a compiled graph hides who asks for it
-        return None
-    return kernels.attention_bwd(*grads, *saved, **_prepared(call))
+) -> Mapping[str, Tensor]:
+    mask_shape = call["mask"].shape if "mask" in names else None
+    return kernels.attention_bwd(*grads, *saved, mask_shape=mask_shape, **_prepared(call))
 
 
 def _row_shape(q: Tensor, *last: int) -> tuple[int, ...]:
@@ -299,7 +315,9 @@ _OP = Op(
     check_values=_check_values,
     backends={
         "triton": triton_backend("attention", _run_triton, _differentiate_triton),
-        "torch": Backend(lambda **call: _run(portable.attention, **call)),
+        "torch": Backend(
+            lambda **call: _run(portable.attention, **call), backward=_differentiate_torch
+        ),
         "reference": Backend(lambda **call: _run(reference.attention, **call)),
     },
     fake=_fake,

@@ -12,8 +12,10 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._backends import Backend, Call, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
 from bertgpt.ops.linear_gelu import check_approximate, check_linear
+from bertgpt.portable.gelu_ffn import gelu_ffn_backward
 
 
 def gelu_ffn(
@@ -57,7 +59,8 @@ def gelu_ffn(
         x, w_in, b_in, w_out, b_out,
         approximate=approximate, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    return _OP(call)
+    y, _ = _OP(call)
+    return y
 
 
 def _check(
@@ -79,20 +82,43 @@ def _check(
     (x,) = checks.autocast(x)  # float32 weights may stay beside it
     check_linear("w_in", w_in, "b_in", b_in, x, "x", x.shape[-1])
     check_linear("w_out", w_out, "b_out", b_out, x, "w_in's outputs", w_in.shape[0])
+    grad = needs_grad(x, w_in, b_in, w_out, b_out)
+    # A CPU has memory for what goes into the GELU, and would compute it again for long.
+    keeps = grad and x.device.type == "cpu" and backend in (None, "torch")
     return {
         "x": x, "w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out,
         "approximate": approximate, "dropout_p": dropout_p,
         "seed": checks.as_seed(seed, dropout_p),
-        "needs_grad": needs_grad(x, w_in, b_in, w_out, b_out), "backend": backend,
+        "return_inner": keeps, "needs_grad": grad, "backend": backend,
     }  # fmt: skip
 
 
-def _run(function: Any, **call: Any) -> Tensor:
-    return function(**call).contiguous()
+Outputs = tuple[Tensor, Tensor | None]  # y, and what goes into the GELU where that is kept
 
 
-def _run_triton(kernels: Any, **call: Any) -> Tensor:
-    return kernels.gelu_ffn(**call)
+def _run_torch(*, return_inner: bool, **call: Any) -> Outputs:
+    result: Any = portable.gelu_ffn(return_inner=return_inner, **call)
+    y, inner = result if return_inner else (result, None)
+    return y.contiguous(), inner
+
+
+def _run_reference(*, return_inner: bool, **call: Any) -> Outputs:
+    return reference.gelu_ffn(**call).contiguous(), None
+
+
+def _run_triton(kernels: Any, *, return_inner: bool, **call: Any) -> Outputs:
+    return kernels.gelu_ffn(**call), None
+
+
+def _differentiate_torch(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    return_inner: bool,
+    **call: Any,
+) -> dict[str, Tensor]:
+    return gelu_ffn_backward(grads[0], saved[0], names, **call)
 
 
 def _differentiate_triton(
@@ -100,31 +126,52 @@ def _differentiate_triton(
     grads: Sequence[Tensor],
     saved: Sequence[Tensor],
     names: Sequence[str],
+    *,
+    return_inner: bool,
     **call: Any,
 ) -> dict[str, Tensor]:
     return kernels.gelu_ffn_bwd(grads[0], names, **call)
 
 
-def _fake(call: Call) -> Tensor:
-    return call["x"].new_empty((*call["x"].shape[:-1], call["w_out"].shape[0]))
+def _fake(call: Call) -> tuple[Tensor, Tensor]:
+    x = call["x"]
+    inner = (*x.shape[:-1], call["w_in"].shape[0]) if call["return_inner"] else (0,)
+    return x.new_empty((*x.shape[:-1], call["w_out"].shape[0])), x.new_empty(inner)
 
 
 _OP = Op(
     "gelu_ffn(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str approximate,"
-    " float dropout_p, Tensor? seed, bool needs_grad, str? backend) -> Tensor",
+    " float dropout_p, Tensor? seed, bool return_inner, bool needs_grad, str? backend)"
+    " -> (Tensor, Tensor)",
     check=_check,
     backends={
         "triton": triton_backend("linear_gelu", _run_triton, _differentiate_triton),
-        "torch": Backend(lambda **call: _run(portable.gelu_ffn, **call)),
-        "reference": Backend(lambda **call: _run(reference.gelu_ffn, **call)),
+        "torch": Backend(_run_torch, backward=_differentiate_torch),
+        "reference": Backend(_run_reference),
     },
     fake=_fake,
     differentiable=("x", "w_in", "b_in", "w_out", "b_out"),
 )
-register_backward(_OP)
+register_backward(_OP, saved=(1,))
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.gelu_ffn)
 def gelu_ffn_flops(x: Any, w_in: Any, b_in: Any, w_out: Any, *args: Any, **kwargs: Any) -> int:
     """2 · rows · F · (E + E'): two matrix products; GELU is not counted."""
     return 2 * math.prod(x[:-1]) * (math.prod(w_in) + math.prod(w_out))
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.gelu_ffn_backward)
+def gelu_ffn_backward_flops(
+    grads: Any, saved: Any, wanted: Any, x: Any, w_in: Any, b_in: Any, w_out: Any,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """x · w_in again, one product between the layers, and one for each of x, w_in and w_out.
+
+    Those of them that are wanted: b_out's gradient, a sum of columns, needs none.
+    """  # noqa: D403 - the tensor's name
+    x_too, w_in_too, b_in_too, w_out_too, _ = wanted
+    inner = x_too or w_in_too or b_in_too
+    narrow = (inner or w_out_too) + x_too + w_in_too
+    wide = inner + w_out_too
+    return 2 * math.prod(x[:-1]) * (narrow * math.prod(w_in) + wide * math.prod(w_out))

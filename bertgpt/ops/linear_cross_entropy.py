@@ -16,7 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, needs_grad, triton_backend
+from bertgpt.ops._backends import Backend, Call, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
 from bertgpt.ops.linear_gelu import check_linear
 from bertgpt.portable import linear_cross_entropy as portable
 from bertgpt.reference.linear_cross_entropy import reduced, row_losses

@@ -12,15 +12,9 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
 from bertgpt.ops._autograd import register_backward
-from bertgpt.ops._dispatch import (
-    Backend,
-    Call,
-    Op,
-    check_backend,
-    cuda_backend,
-    needs_grad,
-    triton_backend,
-)
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend, needs_grad
+from bertgpt.portable.linear_gelu import linear_gelu_backward
 
 
 def linear_gelu(
@@ -99,6 +93,16 @@ def _run(function: Any, **call: Any) -> Tensor:
     return function(**call).contiguous()
 
 
+def _run_cuda(kernels: Any, call: Call) -> Tensor:
+    return kernels.linear_gelu(call["x"], call["w"], call["b"], approximate=call["approximate"])
+
+
+def _differentiate_torch(
+    grads: Sequence[Tensor], saved: Sequence[Tensor], names: Sequence[str], **call: Any
+) -> dict[str, Tensor]:
+    return linear_gelu_backward(grads[0], names, **call)
+
+
 def _differentiate_triton(
     kernels: Any,
     grads: Sequence[Tensor],
@@ -118,11 +122,13 @@ _OP = Op(
     " -> Tensor",
     check=_check,
     backends={
-        "cuda": cuda_backend("linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c)),
+        "cuda": cuda_backend("linear_gelu", _run_cuda),
         "triton": triton_backend(
             "linear_gelu", lambda kernels, **c: kernels.linear_gelu(**c), _differentiate_triton
         ),
-        "torch": Backend(lambda **call: _run(portable.linear_gelu, **call)),
+        "torch": Backend(
+            lambda **call: _run(portable.linear_gelu, **call), backward=_differentiate_torch
+        ),
         "reference": Backend(lambda **call: _run(reference.linear_gelu, **call)),
     },
     fake=_fake,
@@ -135,3 +141,11 @@ register_backward(_OP)
 def linear_gelu_flops(x: Any, w: Any, *args: Any, **kwargs: Any) -> int:
     """2 · rows · E · F; GELU is not counted."""
     return 2 * math.prod(x[:-1]) * math.prod(w)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.bertgpt.linear_gelu_backward)
+def linear_gelu_backward_flops(
+    grads: Any, saved: Any, wanted: Any, x: Any, w: Any, *args: Any, **kwargs: Any
+) -> int:
+    """The product again, and one each for the gradients of x and of w that are wanted."""
+    return linear_gelu_flops(x, w) * (1 + sum(wanted[:2]))

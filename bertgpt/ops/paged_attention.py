@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend, triton_backend
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend
 from bertgpt.ops.paged_write import check_pages, without_gradient
 
 
@@ -102,35 +103,36 @@ def _check(
     checks.check_tensor("q", q, rank=3)
     q = without_gradient(q, k_pages)
     checks.check_like("q", q, "k_pages", k_pages)
-    _check_heads(q, k_pages)
-    _check_sequences(q, page_table, lengths, cu_seqlens_q, max_seqlen_q)
+    tokens, heads, head_dim = q.shape
+    _check_heads(heads, head_dim, k_pages)
+    _check_sequences(q, tokens, page_table, lengths, cu_seqlens_q, max_seqlen_q)
     return {
         "q": q,
-        "k_pages": without_gradient(k_pages, k_pages),
-        "v_pages": without_gradient(v_pages, v_pages),
+        "k_pages": k_pages.detach() if k_pages.requires_grad else k_pages,
+        "v_pages": v_pages.detach() if v_pages.requires_grad else v_pages,
         "page_table": page_table,
         "lengths": lengths,
         "cu_seqlens_q": cu_seqlens_q,
         "max_seqlen_q": max_seqlen_q,
         "causal": checks.check_flag("causal", causal),
         "window": [window_left, window_right],
-        "scale": q.shape[-1] ** -0.5 if scale is None else checks.check_number("scale", scale),
+        "scale": head_dim**-0.5 if scale is None else checks.check_number("scale", scale),
         "return_lse": checks.check_flag("return_lse", return_lse),
         "backend": backend,
     }
 
 
-def _check_heads(q: Tensor, k_pages: Tensor) -> None:
-    if q.shape[2] != k_pages.shape[3]:
-        raise ValueError(f"q has head_dim {q.shape[2]} but the pages have {k_pages.shape[3]}")
-    if q.shape[1] % k_pages.shape[1]:
-        raise ValueError(
-            f"{q.shape[1]} query heads must be a multiple of {k_pages.shape[1]} KV heads"
-        )
+def _check_heads(heads: int, head_dim: int, k_pages: Tensor) -> None:
+    _, kv_heads, _, page_dim = k_pages.shape
+    if head_dim != page_dim:
+        raise ValueError(f"q has head_dim {head_dim} but the pages have {page_dim}")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} KV heads")
 
 
 def _check_sequences(
     q: Tensor,
+    tokens: int,
     page_table: Tensor,
     lengths: Tensor,
     cu_seqlens_q: Tensor | None,
@@ -138,23 +140,23 @@ def _check_sequences(
 ) -> None:
     checks.check_index("page_table", page_table, rank=2)
     checks.check_index("lengths", lengths, rank=1)
-    checks.check_shape("lengths", lengths, page_table.shape[:1], "[B], a row of page_table each")
-    checks.check_device("page_table", page_table, "q", q)
-    checks.check_device("lengths", lengths, "q", q)
+    batch, _ = page_table.shape
+    checks.check_shape("lengths", lengths, (batch,), "[B], a row of page_table each")
+    if not (page_table.device == q.device == lengths.device):
+        checks.check_device("page_table", page_table, "q", q)
+        checks.check_device("lengths", lengths, "q", q)
     checks.check_longest("max_seqlen_q", max_seqlen_q)
     if cu_seqlens_q is None:
         if max_seqlen_q is not None and max_seqlen_q != 1:
             raise ValueError(f"max_seqlen_q {max_seqlen_q} needs cu_seqlens_q beside it")
-        if q.shape[0] != lengths.shape[0]:
+        if tokens != batch:
             raise ValueError(
-                f"q holds {q.shape[0]} tokens for {lengths.shape[0]} sequences; without "
-                "cu_seqlens_q each sequence has one"
+                f"q holds {tokens} tokens for {batch} sequences; without cu_seqlens_q each "
+                "sequence has one"
             )
         return
     checks.check_index("cu_seqlens_q", cu_seqlens_q, rank=1)
-    checks.check_shape(
-        "cu_seqlens_q", cu_seqlens_q, (lengths.shape[0] + 1,), "[B + 1], beside lengths [B]"
-    )
+    checks.check_shape("cu_seqlens_q", cu_seqlens_q, (batch + 1,), "[B + 1], beside lengths [B]")
     checks.check_device("cu_seqlens_q", cu_seqlens_q, "q", q)
 
 
@@ -198,15 +200,20 @@ def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
 def _settled(call: dict[str, Any]) -> dict[str, Any]:
     """The call with what all backends want: unit last strides and the longest chunk."""
     for name in ("q", "k_pages", "v_pages"):
-        if call[name].stride()[-1] != 1:
-            call[name] = call[name].contiguous()
+        call[name] = checks.with_unit_stride(call[name])
     call["max_seqlen_q"] = _longest(call["cu_seqlens_q"], call["max_seqlen_q"])
     call["window"] = tuple(call["window"])
     return call
 
 
-def _run_kernels(kernels: Any, **call: Any) -> Any:
-    return kernels.paged_attention(**_settled(call))
+def _run_decode(kernels: Any, call: Call) -> tuple[Tensor, Tensor | None]:
+    """One token a sequence: the newest, which has no key to its right."""
+    settled = checks.with_unit_stride
+    return kernels.paged_decode(
+        settled(call["q"]), settled(call["k_pages"]), settled(call["v_pages"]),
+        call["page_table"], call["lengths"], window_left=call["window"][0], scale=call["scale"],
+        return_lse=call["return_lse"],
+    )  # fmt: skip
 
 
 def _fake(call: Call) -> tuple[Tensor, Tensor]:
@@ -222,8 +229,10 @@ _OP = Op(
     check=_check,
     check_values=_check_values,
     backends={
-        "cuda": cuda_backend("paged_attention", _run_kernels),
-        "triton": triton_backend("paged_attention", _run_kernels),
+        "cuda": cuda_backend("paged_attention", _run_decode),
+        "triton": triton_backend(
+            "paged_attention", lambda kernels, **c: kernels.paged_attention(**_settled(c))
+        ),
         "torch": Backend(lambda **call: _run(portable.paged_attention, **call)),
         "reference": Backend(lambda **call: _run(reference.paged_attention, **call)),
     },

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from bertgpt import portable, reference
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend, triton_backend
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
+from bertgpt.ops._dispatch import Op, check_backend
 from bertgpt.ops.attention import MAX_HEAD_DIM
 
 
@@ -55,8 +57,9 @@ def check_pages(k_pages: Tensor, v_pages: Tensor) -> None:
     checks.check_tensor("k_pages", k_pages, rank=4)
     checks.check_tensor("v_pages", v_pages, rank=4)
     checks.check_like("v_pages", v_pages, "k_pages", k_pages)
-    checks.check_shape("v_pages", v_pages, k_pages.shape, "shaped like k_pages")
-    _, kv_heads, page_size, head_dim = k_pages.shape
+    shape = k_pages.shape
+    checks.check_shape("v_pages", v_pages, shape, "shaped like k_pages")
+    _, kv_heads, page_size, head_dim = shape
     if kv_heads == 0 or page_size == 0:
         raise ValueError(f"pages are [P, K, N, D] with K, N ≥ 1, not {tuple(k_pages.shape)}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -82,25 +85,33 @@ def _check(
     """Everything that shapes and dtypes can tell; returns the registered operator's arguments."""
     check_backend(backend)
     check_pages(k_pages, v_pages)
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        _check_writable(name, pages)
-    values = {"k": k, "v": v}
-    for name, value in values.items():
-        checks.check_tensor(name, value, rank=3)
-        values[name] = without_gradient(value, k_pages)
-        checks.check_like(name, values[name], "k_pages", k_pages)
-        shape = (k.shape[0], k_pages.shape[1], k_pages.shape[3])
-        checks.check_shape(name, value, shape, "[T, K, D] with the pages' K and D")
+    _check_writable("k_pages", k_pages)
+    _check_writable("v_pages", v_pages)
+    checks.check_tensor("k", k, rank=3)
+    (tokens, _, _), (_, kv_heads, _, head_dim) = k.shape, k_pages.shape
+    shape = (tokens, kv_heads, head_dim)
+    k = _check_tokens("k", k, k_pages, shape)
+    checks.check_tensor("v", v, rank=3)
+    v = _check_tokens("v", v, k_pages, shape)
     checks.check_index("slots", slots, rank=1)
-    checks.check_shape("slots", slots, (k.shape[0],), "[T]")
+    checks.check_shape("slots", slots, (tokens,), "[T]")
     checks.check_device("slots", slots, "k", k)
     return {
-        **values,
-        "k_pages": without_gradient(k_pages, k_pages),
-        "v_pages": without_gradient(v_pages, v_pages),
+        "k": k,
+        "v": v,
+        "k_pages": k_pages.detach() if k_pages.requires_grad else k_pages,
+        "v_pages": v_pages.detach() if v_pages.requires_grad else v_pages,
         "slots": slots,
         "backend": backend,
     }
+
+
+def _check_tokens(name: str, value: Tensor, k_pages: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tokens' keys or values, in the pages' dtype and outside autograd."""
+    value = without_gradient(value, k_pages)
+    checks.check_like(name, value, "k_pages", k_pages)
+    checks.check_shape(name, value, shape, "[T, K, D] with the pages' K and D")
+    return value
 
 
 def _check_writable(name: str, pages: Tensor) -> None:
@@ -132,13 +143,12 @@ def _check_values(call: Call) -> None:
         )
 
 
-def _run_kernels(kernels: Any, **call: Any) -> None:
-    for name in ("k", "v"):
-        if call[name].stride()[-1] != 1:
-            call[name] = call[name].contiguous()
-    kernels.paged_write(**call)
+def _run_kernels(kernels: Any, call: Call) -> None:
+    k, v, k_pages, v_pages = call["k"], call["v"], call["k_pages"], call["v_pages"]
+    k, v = checks.with_unit_stride(k), checks.with_unit_stride(v)
+    kernels.paged_write(k, v, k_pages, v_pages, call["slots"])
     # Autograd counts writes through torch by itself, but does not see a kernel's.
-    torch.autograd.graph.increment_version((call["k_pages"], call["v_pages"]))
+    increment_version((k_pages, v_pages))
 
 
 _OP = Op(
@@ -148,7 +158,7 @@ _OP = Op(
     check_values=_check_values,
     backends={
         "cuda": cuda_backend("paged_write", _run_kernels),
-        "triton": triton_backend("paged_write", _run_kernels),
+        "triton": triton_backend("paged_write", lambda kernels, **c: _run_kernels(kernels, c)),
         "torch": Backend(portable.paged_write),
         "reference": Backend(reference.paged_write),
     },

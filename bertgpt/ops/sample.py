@@ -10,12 +10,15 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.exact_softmax import MAX_VOCABULARY
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._dispatch import Backend, Call, Op, check_backend, cuda_backend
+from bertgpt.ops._backends import Backend, Call, cuda_backend
+from bertgpt.ops._dispatch import Op, check_backend
 
+_NUMBERS = (int, float)
 _MOST = {
     "temperature": torch.finfo(torch.float32).max,
     "top_k": 2**63 - 1,
     "top_p": 1.0,
+    "min_p": 1.0,
     "steps": 2**32 - 1,
 }
 
@@ -26,6 +29,7 @@ def sample(
     temperature: float | Tensor = 1.0,
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     seed: int | Tensor,
     sequence_ids: int | Tensor,
     steps: int | Tensor,
@@ -35,7 +39,8 @@ def sample(
 
     Of the tokens of a row, top-k keeps the likeliest (and those as likely as the last of them),
     then top-p the fewest likeliest whose share of what is left reaches p (of equal logits, the
-    lower token first; at least one). A token is drawn from the kept ones by their softmax at the
+    lower token first; at least one), then min-p those at least that many times as likely as the
+    likeliest. A token is drawn from the kept ones by their softmax at the
     temperature and by 64 random bits of (seed, sequence, step): whatever batch the row is in and
     whichever backend runs, it is the same. `docs/sampling.md` is the exact definition. Carries no
     gradient.
@@ -48,6 +53,7 @@ def sample(
             lowest token, whatever the other settings.
         top_k: How many tokens to keep; int32 or int64 [B]; 0 keeps all.
         top_p: The share to keep, in (0, 1]; float32 [B].
+        min_p: The least probability to keep, as a share of the largest, in [0, 1]; float32 [B].
         seed: 64 bits; int64 [B].
         sequence_ids: What tells the rows' sequences apart, 64 bits; int32 or int64 [B].
         steps: Which of its sequence's tokens is drawn, below 2^32; int32 or int64 [B].
@@ -65,11 +71,12 @@ def sample(
         BackendUnavailable: The backend asked for refuses this call.
 
     Source: Fan et al., "Hierarchical Neural Story Generation", 2018 (top-k); Holtzman et al., "The
-        Curious Case of Neural Text Degeneration", 2020 (top-p).
+        Curious Case of Neural Text Degeneration", 2020 (top-p); Nguyen et al., "Turning Up the
+        Heat: Min-p Sampling for Creative and Coherent LLM Outputs", 2024 (min-p).
     """
     call = _check(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        sequence_ids=sequence_ids, steps=steps, backend=backend,
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        seed=seed, sequence_ids=sequence_ids, steps=steps, backend=backend,
     )  # fmt: skip
     return _OP(call)
 
@@ -80,6 +87,7 @@ def _check(
     temperature: float | Tensor = 1.0,
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     seed: int | Tensor,
     sequence_ids: int | Tensor,
     steps: int | Tensor,
@@ -95,6 +103,7 @@ def _check(
         "temperature": _fraction("temperature", temperature, logits),
         "top_k": _integer("top_k", top_k, logits),
         "top_p": _fraction("top_p", top_p, logits),
+        "min_p": _fraction("min_p", min_p, logits),
         "seed": _integer("seed", seed, logits),
         "sequence_ids": _integer("sequence_ids", sequence_ids, logits),
         "steps": _integer("steps", steps, logits),
@@ -109,12 +118,13 @@ def _fraction(name: str, value: Any, logits: Tensor) -> Tensor:
             raise TypeError(f"{name} must be a number or a float32 tensor, not {value.dtype}")
         _check_per_row(name, value, logits)
         return value.detach() if value.requires_grad else value
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number or a float32 tensor, not {value!r}")
     if not (0 <= value <= _MOST[name]) or (name == "top_p" and value == 0):
         raise ValueError(f"{name} {_wanted(name)}, not {value}")
     # A p below 2^-32 keeps one token; float32 would make the smallest ones 0, which is refused.
-    return torch.tensor(max(value, 2.0**-40) if name == "top_p" else value, dtype=torch.float32)
+    value = max(value, 2.0**-40) if name == "top_p" else value
+    return torch.scalar_tensor(value, dtype=torch.float32)
 
 
 def _integer(name: str, value: Any, logits: Tensor) -> Tensor:
@@ -124,7 +134,7 @@ def _integer(name: str, value: Any, logits: Tensor) -> Tensor:
             kinds = "an int64" if name == "seed" else "an int32 or int64"
             raise TypeError(f"{name} must be an int or {kinds} tensor, not {value.dtype}")
         _check_per_row(name, value, logits)
-        return value.long()
+        return value if value.dtype == torch.int64 else value.long()
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or a tensor of them, not {value!r}")
     if (name in ("top_k", "steps") and value < 0) or value > _MOST.get(name, value):
@@ -133,10 +143,12 @@ def _integer(name: str, value: Any, logits: Tensor) -> Tensor:
 
 
 def _check_per_row(name: str, value: Tensor, logits: Tensor) -> None:
-    rows = (logits.shape[0],)
-    if value.shape not in ((), rows):
-        raise ValueError(f"{name} must have shape () or [B] = {rows}, not {tuple(value.shape)}")
-    if value.dim() == 1 or value.device.type != "cpu":
+    rows = logits.shape[:1]
+    if value.dim() and value.shape != rows:
+        raise ValueError(
+            f"{name} must have shape () or [B] = {tuple(rows)}, not {tuple(value.shape)}"
+        )
+    if value.dim() or not value.is_cpu:
         checks.check_device(name, value, "logits", logits)
 
 
@@ -144,17 +156,20 @@ def _wanted(name: str) -> str:
     return {
         "temperature": "must be 0 or more, and finite in float32",
         "top_p": "must lie in (0, 1]",
+        "min_p": "must lie in [0, 1]",
         "top_k": "must be 0 (keep all) or more, below 2^63",
         "steps": "must lie in 0 … 2^32 - 1",
     }[name]
 
 
 def _check_values(call: Call) -> None:
-    temperature, top_p, steps = call["temperature"], call["top_p"], call["steps"]
+    temperature, top_p, min_p = call["temperature"], call["top_p"], call["min_p"]
+    steps = call["steps"]
     right = {
         "temperature": (temperature >= 0) & (temperature <= _MOST["temperature"]),
         "top_k": call["top_k"] >= 0,
         "top_p": (top_p > 0) & (top_p <= 1),
+        "min_p": (min_p >= 0) & (min_p <= 1),
         "steps": (steps >= 0) & (steps <= _MOST["steps"]),
     }
     for name, is_right in right.items():
@@ -168,13 +183,20 @@ def _check_values(call: Call) -> None:
         raise ValueError(f"row {row} of logits holds {what}: it has no softmax to draw from")
 
 
+def _run_kernel(kernels: Any, call: Call) -> Tensor:
+    return kernels.sample(
+        call["logits"], temperature=call["temperature"], top_k=call["top_k"], top_p=call["top_p"],
+        min_p=call["min_p"], seed=call["seed"], sequence_ids=call["sequence_ids"], steps=call["steps"],
+    )  # fmt: skip
+
+
 _OP = Op(
-    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed,"
-    " Tensor sequence_ids, Tensor steps, str? backend) -> Tensor",
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p,"
+    " Tensor seed, Tensor sequence_ids, Tensor steps, str? backend) -> Tensor",
     check=_check,
     check_values=_check_values,
     backends={
-        "cuda": cuda_backend("sample", lambda kernels, **call: kernels.sample(**call)),
+        "cuda": cuda_backend("sample", _run_kernel),
         "torch": Backend(portable.sample),
         "reference": Backend(reference.sample),
     },

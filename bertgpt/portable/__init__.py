@@ -6,6 +6,7 @@ from bertgpt.portable.gelu_ffn import gelu_ffn
 from bertgpt.portable.linear_gelu import linear_gelu
 from bertgpt.portable.paged_attention import paged_attention
 from bertgpt.portable.paged_write import paged_write
+from bertgpt.portable.pool import pool
 from bertgpt.portable.sample import sample
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "linear_gelu",
     "paged_attention",
     "paged_write",
+    "pool",
     "sample",
 ]

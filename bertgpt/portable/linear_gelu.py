@@ -1,43 +1,65 @@
-"""GELU(x Wᵀ + b) on torch's own GEMM and GELU, fused where torch fuses them."""
+"""GELU(x Wᵀ + b) on the GEMM and GELU at hand."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from bertgpt.portable.products import is_finite, linear, product
 
 _IDENTITY_ABOVE = 100.0  # Φ(100) is 1 to the last bit, also of a float64
 
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, *, approximate: str = "none") -> Tensor:
     """What `bertgpt.ops.linear_gelu` computes; the arguments are described there."""
-    w = w.to(x.dtype)
-    b = None if b is None else b.to(x.dtype)
-    if _has_fused_epilogue(x, w, b):
-        y = torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], approximate)
-        if _is_finite(y):
-            return y
-    h = F.linear(x, w, b)
+    return gelu(linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)), approximate)
+
+
+def linear_gelu_backward(
+    grad: Tensor,
+    wanted: Collection[str],
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    *,
+    approximate: str = "none",
+) -> dict[str, Tensor]:
+    """Gradients by name of those wanted among x, w and b; x wᵀ + b is computed again."""
+    h = linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
+    return linear_backward(gelu_backward(grad, h, approximate), x, w, {"x", "w", "b"} & {*wanted})
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, w: Tensor, wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """Gradients of x · wᵀ + b in the dtypes of x and w, of those wanted among "x", "w" and "b"."""
+    rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+    made = {}
+    if "x" in wanted:
+        made["x"] = product(grad, w.to(grad.dtype))
+    if "w" in wanted:
+        made["w"] = product(rows.t(), inputs).to(w.dtype)
+    if "b" in wanted:
+        made["b"] = rows.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(w.dtype)
+    return made
+
+
+def gelu(h: Tensor, approximate: str) -> Tensor:
+    """GELU(h), also where h is large or infinite."""
     y = F.gelu(h, approximate=approximate)
     # torch's CPU erf-GELUs turn +inf into NaN and overflow just below it; there GELU(h) is h.
-    if h.device.type == "cpu" and not _is_finite(y):
+    if h.device.type == "cpu" and not is_finite(y):
         y = torch.where(h > _IDENTITY_ABOVE, h, y)
     return y
 
 
-def _is_finite(y: Tensor) -> bool:
-    """By a sum, the cheapest way, in float32 where y is: to widen costs as much as the GELU."""
-    return math.isfinite(y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32)))
-
-
-def _has_fused_epilogue(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
-    """Whether oneDNN runs the GELU on the GEMM's tiles: float32 on a CPU, without gradients."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or 0 in (*x.shape, *w.shape):
-        return False
-    if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
-        return False
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+def gelu_backward(grad: Tensor, h: Tensor, approximate: str) -> Tensor:
+    """GELU's derivative at h, times grad."""
+    made = torch.ops.aten.gelu_backward(grad, h, approximate=approximate)
+    if h.device.type == "cpu" and not is_finite(made):  # past ±100 the slope is 1 or 0, at ±inf too
+        h = h.clamp(-_IDENTITY_ABOVE, _IDENTITY_ABOVE)
+        made = torch.ops.aten.gelu_backward(grad, h, approximate=approximate)
+    return made

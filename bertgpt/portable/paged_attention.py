@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,21 +46,13 @@ def paged_attention(
                 q.detach(), k_TKD, v_TKD, window=(left, right), scale=scale,
                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
             )  # fmt: skip
-        buckets = _buckets(lengths.tolist())
-        if len(buckets) == 1 and len(buckets[0][0]) == len(q):
-            out_BHD, scores_BHS = _decode(
-                q, k_pages, v_pages, page_table, lengths, buckets[0][1], left, scale
-            )
-            return (out_BHD, _lse(scores_BHS).t().contiguous()) if return_lse else out_BHD
         out_BHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse_BH = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        for rows, longest in buckets:
-            index = torch.tensor(rows, device=q.device)
-            out_BHD[index], scores_BHS = _decode(
-                q[index], k_pages, v_pages, page_table[index], lengths[index], longest, left, scale
-            )
+        for bucket in _plan(page_table, lengths, k_pages, left):
+            out_RHD, scores_RHS = _decode(q, k_pages, v_pages, bucket, scale)
+            out_BHD.index_copy_(0, bucket.rows, out_RHD)
             if return_lse:
-                lse_BH[index] = _lse(scores_BHS)
+                lse_BH.index_copy_(0, bucket.rows, _lse(scores_RHS))
     return (out_BHD, lse_BH.t().contiguous()) if return_lse else out_BHD
 
 
@@ -95,15 +89,55 @@ def _buckets(lengths: list[int]) -> list[tuple[list[int], int]]:
     return [(sorted(rows), longest) for rows, longest in buckets]
 
 
-def _decode(
-    q_BHD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    longest: int,
+@dataclass(frozen=True)
+class _Bucket:
+    """Sequences of like lengths, decoded together.
+
+    Attributes:
+        rows: [R], their numbers.
+        blocks_RKM: Numbers of the (page, head) blocks of each one's heads.
+        dead_RS: True at keys that its query does not see.
+    """
+
+    rows: Tensor
+    blocks_RKM: Tensor
+    dead_RS: Tensor
+
+
+def _plan(page_table: Tensor, lengths: Tensor, k_pages: Tensor, left: int) -> list[_Bucket]:
+    """The buckets of a batch; every layer of a step asks for the same, so the last are kept."""
+    (_, K, N, _), counts = k_pages.shape, tuple(lengths.tolist())
+    used = page_table[:, : -(-max(counts, default=0) // N)].tolist()
+    return _planned(counts, tuple(map(tuple, used)), K, N, left, k_pages.device)
+
+
+@lru_cache(maxsize=4)
+def _planned(
+    lengths: tuple[int, ...],
+    pages: tuple[tuple[int, ...], ...],
+    K: int,
+    N: int,
     left: int,
-    scale: float,
+    device: torch.device,
+) -> list[_Bucket]:
+    """By values alone, so that what is kept cannot go stale when a table changes in place."""
+    buckets = []
+    for rows, longest in _buckets(list(lengths)):
+        last_R1 = torch.tensor([[lengths[row] - 1] for row in rows], device=device)
+        page = torch.arange(-(-longest // N), device=device)
+        ids_RM = torch.tensor([pages[row][: len(page)] for row in rows], device=device)
+        ids_RM = ids_RM.gather(1, page.minimum(last_R1 // N))  # past its last page: that
+        key = torch.arange(len(page) * N, device=device)
+        dead_RS = key > last_R1
+        if left >= 0:
+            dead_RS |= key < last_R1 - left
+        blocks_RKM = ids_RM[:, None] * K + torch.arange(K, device=device)[:, None]
+        buckets.append(_Bucket(torch.tensor(rows, device=device), blocks_RKM, dead_RS))
+    return buckets
+
+
+def _decode(
+    q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, bucket: _Bucket, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One query a sequence, on its last key, so that nothing lies to its right.
 
@@ -111,39 +145,25 @@ def _decode(
     on a CPU it hides NaN.
 
     Returns:
-        out [B, H, D] and the scores [B, H, S], −inf where a key is not seen.
+        out [R, H, D] and the scores [R, H, S], −inf where a key is not seen.
     """
-    (B, H, D), (K, N) = q_BHD.shape, k_pages.shape[1:3]
-    last_B1 = lengths[:, None].long() - 1
-    page = torch.arange((longest - 1) // N + 1, device=q_BHD.device)
-    page_ids = page_table.gather(1, page.minimum(last_B1 // N)).long()  # past its last page: that
-    key = torch.arange(len(page) * N, device=q_BHD.device)
-    dead_BS = key > last_B1
-    if left >= 0:
-        dead_BS |= key < last_B1 - left
-
-    wide = torch.promote_types(q_BHD.dtype, torch.float32)
-    q_BKGD = (q_BHD.to(wide) * scale).view(B, K, H // K, D)
-    blocks = _blocks(page_ids, K)
-    scores_BKGS = q_BKGD @ _gather(k_pages, blocks).to(wide).mT
-    scores_BKGS.masked_fill_(dead_BS[:, None, None], -torch.inf)
-    weight_BKGS = scores_BKGS.softmax(dim=-1)
-    v_BKSD = _gather(v_pages, blocks).to(wide)
-    out_BKGD = weight_BKGS @ v_BKSD
-    if not math.isfinite(out_BKGD.sum()):  # perhaps 0 · NaN from a slot that nobody may read
-        out_BKGD = weight_BKGS @ v_BKSD.masked_fill(dead_BS[:, None, :, None], 0)
-    return out_BKGD.view(B, H, D).to(q_BHD.dtype), scores_BKGS.view(B, H, -1)
+    (_, H, D), K, (R, _, _) = q_BHD.shape, k_pages.shape[1], bucket.blocks_RKM.shape
+    dead_RS, wide = bucket.dead_RS, torch.promote_types(q_BHD.dtype, torch.float32)
+    q_RKGD = (q_BHD.index_select(0, bucket.rows).to(wide) * scale).view(R, K, H // K, D)
+    scores_RKGS = q_RKGD @ _gather(k_pages, bucket.blocks_RKM).to(wide).mT
+    scores_RKGS.masked_fill_(dead_RS[:, None, None], -torch.inf)
+    weight_RKGS = scores_RKGS.softmax(dim=-1)
+    v_RKSD = _gather(v_pages, bucket.blocks_RKM).to(wide)
+    out_RKGD = weight_RKGS @ v_RKSD
+    if not math.isfinite(out_RKGD.sum()):  # perhaps 0 · NaN from a slot that nobody may read
+        out_RKGD = weight_RKGS @ v_RKSD.masked_fill(dead_RS[:, None, :, None], 0)
+    return out_RKGD.view(R, H, D).to(q_BHD.dtype), scores_RKGS.view(R, H, -1)
 
 
-def _blocks(page_ids_BM: Tensor, K: int) -> Tensor:
-    """Numbers of the (page, head) blocks of each sequence's heads, [B, K, M]."""
-    return page_ids_BM[:, None] * K + torch.arange(K, device=page_ids_BM.device)[:, None]
-
-
-def _gather(pages_PKND: Tensor, blocks_BKM: Tensor) -> Tensor:
-    """The pages of each sequence in its order, [B, K, M · N, D]."""
-    (B, K, M), (P, _, N, D) = blocks_BKM.shape, pages_PKND.shape
+def _gather(pages_PKND: Tensor, blocks_RKM: Tensor) -> Tensor:
+    """The pages of each sequence in its order, [R, K, M · N, D]."""
+    (R, K, M), (P, _, N, D) = blocks_RKM.shape, pages_PKND.shape
     if pages_PKND.is_contiguous():  # whole blocks, several times as fast
-        rows = pages_PKND.view(P * K, N * D).index_select(0, blocks_BKM.flatten())
-        return rows.view(B, K, M * N, D)
-    return pages_PKND[blocks_BKM // K, blocks_BKM % K].reshape(B, K, M * N, D)
+        rows = pages_PKND.view(P * K, N * D).index_select(0, blocks_RKM.flatten())
+        return rows.view(R, K, M * N, D)
+    return pages_PKND[blocks_RKM // K, blocks_RKM % K].reshape(R, K, M * N, D)

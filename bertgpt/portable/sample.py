@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bertgpt.exact_softmax import exact_weights, working_dtype
+from bertgpt.exact_softmax import exact_weights, least_weight, working_dtype
 from bertgpt.philox import sample_words
 
 _LOW = 0xFFFFFFFF
@@ -18,6 +18,7 @@ def sample(
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     sequence_ids: Tensor,
     steps: Tensor,
@@ -26,7 +27,7 @@ def sample(
     B, V = logits.shape
     settings = [
         t.to(logits.device).expand(B)
-        for t in (temperature, top_k, top_p, seed, sequence_ids, steps)
+        for t in (temperature, top_k, top_p, min_p, seed, sequence_ids, steps)
     ]
     at_once = max(1, _LOGITS_AT_ONCE_CPU // V) if logits.device.type == "cpu" else max(1, B)
     token_B = torch.empty(B, dtype=torch.int64, device=logits.device)
@@ -42,6 +43,7 @@ def _draw(
     temperature_B: Tensor,
     top_k_B: Tensor,
     top_p_B: Tensor,
+    min_p_B: Tensor,
     seed_B: Tensor,
     sequence_B: Tensor,
     step_B: Tensor,
@@ -50,7 +52,7 @@ def _draw(
     x_BV = logits_BV.to(working_dtype(logits_BV))
     top_B = x_BV.amax(dim=1)
     valid_B = top_B.isfinite() & temperature_B.isfinite() & (temperature_B >= 0)
-    valid_B &= (top_k_B >= 0) & (top_p_B > 0) & (top_p_B <= 1)
+    valid_B &= (top_k_B >= 0) & (top_p_B > 0) & (top_p_B <= 1) & (min_p_B >= 0) & (min_p_B <= 1)
     greedy_B = temperature_B == 0
     if greedy_B.all():
         return _first(x_BV == top_B[:, None]).where(valid_B, -1)
@@ -59,6 +61,8 @@ def _draw(
     weight_BV = exact_weights(x_BV, temperature_B.where(valid_B & ~greedy_B, 1))
     if ((top_k_B > 0) | (top_p_B < 1)).any():
         weight_BV = _head(x_BV, weight_BV, top_k_B.where(valid_B, 0), top_p_B.where(valid_B, 1))
+    if (min_p_B > 0).any():
+        weight_BV.masked_fill_(weight_BV < least_weight(min_p_B.where(valid_B, 0))[:, None], 0)
     mass_BV = weight_BV.cumsum_(dim=1)
     point_B = _portion(mass_BV[:, -1], *sample_words(seed_B, sequence_B, step_B))
     drawn_B = torch.searchsorted(mass_BV, point_B[:, None], right=True)[:, 0]

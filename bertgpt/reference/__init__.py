@@ -7,6 +7,7 @@ from bertgpt.reference.linear_cross_entropy import linear_cross_entropy
 from bertgpt.reference.linear_gelu import linear_gelu
 from bertgpt.reference.paged_attention import paged_attention
 from bertgpt.reference.paged_write import paged_write
+from bertgpt.reference.pool import pool
 from bertgpt.reference.sample import sample
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "linear_gelu",
     "paged_attention",
     "paged_write",
+    "pool",
     "sample",
 ]

@@ -1,0 +1,69 @@
+"""Matrix products by the fastest library at hand: oneDNN for float32 on a CPU, else torch's own.
+
+oneDNN also fuses a GELU, which saves nothing that can be measured beside the product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_INNER = 384  # terms that oneDNN adds up one after the other: with many more, roundings show
+_ROWS = 8  # below, reading the weights is the cost, which both libraries do alike
+_ROWS_OF_COPIES = 64  # from here on, copying the weight in pieces is cheap beside the product
+_MULTIPLICATIONS = 2**21  # below, oneDNN's longer way to its kernel costs more than it saves
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """The product x · wᵀ + b, for x [..., K], w [N, K] and b [N], all of one dtype."""
+    if not (_is_worth_onednn(x, w) and _takes_onednn(x, w, b)):
+        return F.linear(x, w, b)
+    if x.shape[-1] <= _INNER:
+        return _onednn(x, w, b)
+    first, *others = zip(x.split(_INNER, -1), w.split(_INNER, -1), strict=True)
+    y = _onednn(*first, b)
+    for x_part, w_part in others:
+        y += _onednn(x_part, w_part, None)
+    return y
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """The product x · w, for x [..., K] and w [K, N]."""
+    # oneDNN reads w's transpose: a copy is cheap beside the product.
+    if _is_float32_on_cpu(x, w):
+        return linear(x.contiguous(), w.t().contiguous())
+    return x @ w
+
+
+def is_finite(y: Tensor) -> bool:
+    """By a sum, the cheapest way, in float32 where y is: to widen costs as much as a GELU."""
+    return math.isfinite(y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32)))
+
+
+def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
+    *outer, inner = x.shape
+    rows = math.prod(outer)
+    enough = _ROWS if inner <= _INNER else _ROWS_OF_COPIES
+    return rows >= enough and rows * inner * w.shape[0] >= _MULTIPLICATIONS
+
+
+def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
+    """Whether oneDNN can multiply these as they lie: float32 on a CPU, without gradients."""
+    if not _is_float32_on_cpu(x, w) or 0 in (*x.shape, *w.shape):
+        return False
+    if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w.contiguous(), b, "none", [], "")
+
+
+def _is_float32_on_cpu(x: Tensor, w: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == w.dtype == torch.float32
