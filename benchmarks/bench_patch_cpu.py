@@ -73,12 +73,13 @@ def model_runs(folder: Path) -> tuple[Run, Run]:
 
 def encode_runs(folder: Path) -> tuple[Run, Run]:
     """Stock and patched: sentence-transformers' vectors of texts."""
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     def build() -> SentenceTransformer:
-        transformer = models.Transformer(str(folder), max_seq_length=512)
+        transformer = Transformer(str(folder), max_seq_length=512)
         width = transformer.auto_model.config.hidden_size
-        return SentenceTransformer(modules=[transformer, models.Pooling(width)], device="cpu")
+        return SentenceTransformer(modules=[transformer, Pooling(width)], device="cpu")
 
     stock, patched = build(), build()
     bertgpt.patch(patched)

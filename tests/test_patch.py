@@ -26,6 +26,7 @@ from patching import (
 from torch import nn
 
 import bertgpt
+from bertgpt.integrations import versions
 from bertgpt.integrations.blocks import Patched
 
 MODELS = {"BertForMaskedLM": bert, "GPT2LMHeadModel": gpt2}
@@ -363,6 +364,12 @@ def test_memory():
     assert sum(t.numel() for t in model.state_dict().values()) == elements
 
 
+def test_head_masks_are_refused(model):
+    bertgpt.patch(model)
+    with pytest.raises(ValueError, match="head_mask is ignored by transformers"):
+        model(**ragged("right"), head_mask=torch.ones(2, 3))
+
+
 def test_what_is_no_model():
     with pytest.raises(TypeError, match="patch takes a torch module, not str"):
         bertgpt.patch("bert-base-uncased")
@@ -388,7 +395,7 @@ def test_a_block_of_another_class_is_not_known():
 @pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "6.0.0"])
 def test_versions_that_are_not_known(version, monkeypatch):
     model = bert()
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions.transformers, "__version__", version)
     for call in (lambda: bertgpt.patch(model), bertgpt.register):
         with pytest.raises(RuntimeError, match=rf"{version} is not known here.*from 5\.23"):
             call()

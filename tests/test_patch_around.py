@@ -160,7 +160,7 @@ def test_modules_whose_weights_accelerate_brings_are_called():
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_sentence_transformers_encode(pooling):
     library = pytest.importorskip("sentence_transformers")
-    modules = pytest.importorskip("sentence_transformers.models")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     transformer = modules.Transformer(str(demo_data.minilm_folder()), max_seq_length=128)
     width = transformer.auto_model.config.hidden_size
     pool = modules.Pooling(width, pooling_mode=pooling)

@@ -16,7 +16,12 @@ from transformers.modeling_outputs import (
 )
 
 from bertgpt.integrations.blocks import Mask, Patched
-from bertgpt.integrations.inspection import collecting, obstacle, obstacle_below
+from bertgpt.integrations.inspection import (
+    collecting,
+    obstacle,
+    obstacle_below,
+    refuse_head_mask,
+)
 from bertgpt.integrations.padding import Packing, may_pack
 
 # What the packed pass knows; where anything else is asked for, stock's forward runs.
@@ -55,7 +60,8 @@ class GPT2Model(Patched):
         Where something looks at the blocks in between, where a block is stock, where the cache
         holds tokens already, and in graphs of fixed shapes, the tokens go through padded.
         """
-        # First: a compiler must not look at what follows.
+        refuse_head_mask(kwargs)
+        # A compiler must not look at what follows.
         if not torch.compiler.is_compiling():
             call = inspect.signature(super().forward).bind(*args, **kwargs).arguments
             call |= call.pop("kwargs", {})

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bertgpt.integrations.blocks import Attention, FeedForward, Mask, Parts, Patched, add_norm
-from bertgpt.integrations.inspection import collecting, obstacle_below
+from bertgpt.integrations.inspection import collecting, obstacle_below, refuse_head_mask
 from bertgpt.integrations.padding import Packing, key_padding, may_pack, takes
 
 Norm = tuple[nn.Module | None, nn.Module]
@@ -126,6 +126,7 @@ class Encoder(Patched):
         `output_hidden_states`, `output_attentions`), where a layer is stock, or a mask says more
         than what is padding, and in graphs of fixed shapes, the tokens go through padded.
         """
+        refuse_head_mask(kwargs)
         packing = None
         if not any(value is not None for value in args):
             packing = self.packing(hidden_states, attention_mask, kwargs)

@@ -7,7 +7,7 @@ come and go after patching.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,15 @@ _HARMLESS = ("torch.distributed.",)
 def collecting() -> bool:
     """Whether transformers is collecting hidden states or attention weights in this thread."""
     return bool(output_capturing._active_collector.get())
+
+
+def refuse_head_mask(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for a head mask, which stock code of version 5 drops without a word."""
+    if kwargs.get("head_mask") is not None:
+        raise ValueError(
+            "head_mask is ignored by transformers since version 5, and nothing here applies it: "
+            "set the output projection's columns of those heads to zero instead"
+        )
 
 
 def obstacle(module: nn.Module) -> str | None:
