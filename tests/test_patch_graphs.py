@@ -5,7 +5,6 @@ import torch
 from models import TOLERANCE
 from patching import (
     NO_DROPOUT,
-    NO_GPT_DROPOUT,
     assert_same_gradients,
     bert,
     gpt2,
@@ -63,28 +62,23 @@ def test_one_graph_for_every_shape(patched):
     assert counters["stats"]["unique_graphs"] == graphs[2] + 1, "the stock classes are traced anew"
 
 
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])
-def test_compiled_training(name):
-    if name.startswith("Bert"):
-        model = bert(name, num_hidden_layers=1, **NO_DROPOUT)
-    else:
-        model = gpt2(name, n_layer=1, **NO_GPT_DROPOUT)
-        model.loss_type = "ForCausalLM"
-    inputs = inputs_for(name, "left")
+def test_compiled_training():
+    name = "BertForMaskedLM"
+    model, inputs = bert(name, num_hidden_layers=1, **NO_DROPOUT), inputs_for(name, "left")
     expected = gradients(model.train(), inputs)
     bertgpt.patch(model)
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert_same_gradients(gradients(model, inputs), expected)
 
 
-def test_a_hook_in_a_compiled_model(patched):
-    inputs = ragged("right")
-    block = (patched.encoder.layer if hasattr(patched, "encoder") else patched.h)[0]
-    inner = block.output.dense if hasattr(block, "output") else block.mlp.c_proj
-    inner.register_forward_hook(lambda module, args, output: output * 1.5)
-    compiled = torch.compile(patched, backend="eager", fullgraph=True)
+def test_a_hook_in_a_compiled_model():
+    model, inputs = bert(num_hidden_layers=1), ragged("right")
+    bertgpt.patch(model)
+    dense = model.encoder.layer[0].output.dense
+    dense.register_forward_hook(lambda module, args, output: output * 1.5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert_alike(compiled(**inputs).last_hidden_state, patched(**inputs)[0], inputs)
+        assert_alike(compiled(**inputs).last_hidden_state, model(**inputs)[0], inputs)
 
 
 def test_export(patched):

@@ -119,20 +119,16 @@ def _known(function: Callable[..., Any]) -> Rule | None:
         width = _held(parts["sliding_window_bidirectional_overlay"])["sliding_window"]
         return Rule(causal=False, window=(width, width))
     if set(parts) == {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}:
-        inner = _held(parts["remap_positions_for_packed_sequence"])
-        rule = _known(inner["mask_function"])
+        rule = _known(_held(parts["remap_positions_for_packed_sequence"])["mask_function"])
         ids = _held(parts["packed_sequence_mask_function"])["packed_sequence_mask"]
-        return None if rule is None else _packed(rule, ids, inner["position_ids"])
+        return None if rule is None else _packed(rule, ids)
     return None
 
 
-def _packed(rule: Rule, sequences: Tensor, positions: Tensor) -> Rule | None:
-    """The rule within each run of one sequence id; None unless positions count up within each."""
+def _packed(rule: Rule, sequences: Tensor) -> Rule:
+    """The rule within each run of one sequence id, along which positions count up by one."""
     starts = torch.ones_like(sequences, dtype=torch.bool)
     starts[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
-    steps = positions[:, 1:] - positions[:, :-1] == 1
-    if not bool((steps | starts[:, 1:]).all()):
-        return None
     bounds = starts.flatten().nonzero().squeeze(1)
     end = torch.tensor([sequences.numel()], device=bounds.device)
     cu_seqlens = torch.cat([bounds, end]).to(torch.int32)
