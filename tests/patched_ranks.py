@@ -1,6 +1,7 @@
 """What each of two processes does in `test_patch_distributed.py`: a module that they can import."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import bertgpt
 RANKS = 2
 
 
-def work(rank, address):
+def work(rank, address, folder):
     """Both kinds in one start, which takes longer than either."""
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     try:
@@ -39,6 +40,7 @@ def work(rank, address):
             assert_same_gradients(ours, expected)
         with pytest.raises(ValueError, match="has become a FSDP"):
             bertgpt.unpatch(wrapped)
+        Path(folder, f"rank{rank}").touch()
     finally:
         dist.destroy_process_group()
 
