@@ -207,6 +207,26 @@ def _add_layer_norm_case(name: str, options: dict[str, Any]) -> Case:
     return Case("add_layer_norm", name, partial(_add_layer_norm, **options), NO_MMA)
 
 
+def _sample(*, dtype: torch.dtype) -> object:
+    from bertgpt.kernels.sample import sample
+
+    rows = 64
+    real, whole = (meta(rows, dtype=kind) for kind in (FP32, torch.int64))
+    return sample(
+        meta(rows, 50257, dtype=dtype), temperature=real, top_k=whole, top_p=real, min_p=real,
+        seed=whole, sequence_ids=whole, steps=whole,
+    )  # fmt: skip
+
+
+def _sample_cases() -> Iterator[Case]:
+    for dtype, name in ((BF16, "bf16"), (FP16, "fp16"), (FP32, "fp32")):
+        yield Case("sample", f"50257 {name}", partial(_sample, dtype=dtype), NO_MMA)
+
+
+def _sample_domain(capability: int) -> Iterator[tuple[Any, ...]]:
+    yield (capability,)
+
+
 def _pool(*, width: int, pooling: str, dtype: torch.dtype = BF16) -> object:
     from bertgpt.kernels.pool import pool
 
@@ -262,6 +282,7 @@ CASES: tuple[Case, ...] = (
     *_linear_cross_entropy_cases(),
     *_add_layer_norm_cases(),
     *_add_layer_norm_bwd_cases(),
+    *_sample_cases(),
     *_pool_cases(),
 )
 
@@ -271,5 +292,6 @@ DOMAINS: Domains = {
     "linear_cross_entropy_backward": _linear_cross_entropy_backward_domain,
     "add_layer_norm": _add_layer_norm_domain,
     "add_layer_norm_backward": _add_layer_norm_backward_domain,
+    "sample": _sample_domain,
     "pool": _pool_domain,
 }

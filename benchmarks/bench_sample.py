@@ -103,7 +103,7 @@ def _greedy_alone(case: Case) -> str | None:
 
 CASES: tuple[Case, ...] = tuple(_cases())
 PROVIDERS: tuple[Provider, ...] = (
-    *(_ours(backend) for backend in ("cuda", "torch")),
+    *(_ours(backend) for backend in ("cuda", "triton", "torch")),
     Provider("argmax", lambda case, inputs: partial(_likeliest, inputs["logits"]), _greedy_alone),
 )
 

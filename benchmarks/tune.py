@@ -62,6 +62,7 @@ SPACES: dict[str, Space] = {
         "num_warps": (2, 4, 8),
         "num_stages": (2, 3, 4),
     },
+    "sample": {"block": (512, 1024, 2048), "num_warps": (4, 8, 16)},
 }
 # Cases of at least this value are searched: the shapes that the targets name.
 _VALUE = 7.0

@@ -1,4 +1,4 @@
-"""The `bertgpt` command: doctor, validate, bench, embed, generate, demo.
+"""The `bertgpt` command: every subcommand, and how a mistake of the caller ends.
 
 A caller's mistake ends in one line that says what to do, without a traceback: exit code 2 for the
 command line itself, 1 for anything else. Libraries are imported by the command that needs them.
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from bertgpt import bench, generate_command
+from bertgpt.recipes import cli as recipes
+from bertgpt.recipes import finetune_cli
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +26,9 @@ app = typer.Typer(
     help="Fused attention, GELU FFN and paged decoding for BERT and GPT-2.",
 )
 app.add_typer(bench.app, name="bench")
+app.command()(recipes.pretrain)
+app.command()(finetune_cli.finetune)
+app.command()(finetune_cli.predict)
 app.command()(generate_command.generate)
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if any.")]
 

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import pickle
 import random
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from bertgpt.text import sentences
 
 GENUS = "g__"  # taxonomic rank prefix of every token but the special ones
 HABITATS = {
@@ -81,9 +82,7 @@ def news_sentences(count: int) -> list[Sentence]:
 
 def _sentences(article: str) -> list[str]:
     """Sentences of an article's paragraphs; the first line is its headline."""
-    paragraphs = [line.strip() for line in article.splitlines()[1:] if line.strip()]
-    ends = re.compile(r'(?:(?<=[.!?])|(?<=[.!?]"))\s+(?=["A-Z])')
-    return [sentence for paragraph in paragraphs for sentence in ends.split(paragraph)]
+    return [s for paragraph in article.splitlines()[1:] for s in sentences(paragraph)]
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class SentenceEncoder:
         # Neighbours in length share a batch, and within it their attention needs few buckets.
         order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
         vectors = torch.empty(len(token_ids), self.model.config.hidden_size)
-        for indices in _batches(order, [len(ids) for ids in token_ids]):
+        for indices in batches_by_length(order, [len(ids) for ids in token_ids]):
             batch = pack([token_ids[i] for i in indices], device=self.model.device)
             hidden_TE = self.model(batch, return_dict=True).last_hidden_state
             vectors[indices] = self.pool(hidden_TE, batch).float().cpu()
@@ -137,7 +137,7 @@ class SentenceEncoder:
         return ops.pool(hidden_TE, batch.cu_seqlens, pooling=self.pooling, normalize=self.normalize)
 
 
-def _batches(order: list[int], lengths: list[int]) -> list[list[int]]:
+def batches_by_length(order: list[int], lengths: list[int]) -> list[list[int]]:
     """Splits `order` so that no part exceeds the token budget, single texts aside."""
     parts: list[list[int]] = []
     tokens = 0

@@ -1,11 +1,14 @@
-"""Losses, each over real tokens only: padding is never scored.
+"""What BERT and GPT-2 learn from: inputs of the objectives, and losses over real tokens only.
 
-All are float32 means, as transformers computes them; −100 marks a token without a label. Shapes
-are packed: one row per token `[T, ...]` or per sequence `[B, ...]`.
+Losses are float32 means, as transformers computes them; −100 marks a token without a label. Shapes
+are packed: one row per token `[T, ...]` or per sequence `[B, ...]`. Random inputs come from the
+generator that is given and from nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +54,8 @@ def token_labels(name: str, labels: Tensor, batch: PackedBatch) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """Mean cross-entropy of `logits` `[N, C]` against `labels`, N of them, −100 ignored.
 
+    Where all are ignored it is 0, with zero gradients; transformers gives NaN there.
+
     Raises:
         TypeError: labels that are no integers.
         ValueError: not one label a row, or labels on another device.
@@ -67,7 +72,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tenso
         odd = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
         if odd.numel():
             raise IndexError(f"{name} holds {int(odd[0])}, outside 0 … {classes - 1} and not −100")
-    return F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE)
+    return _mean_loss(logits.float(), labels.long())
+
+
+def _mean_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled rows; 0, with zero gradients, where there is none."""
+    total = F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 def next_token_labels(labels: Tensor, batch: PackedBatch) -> Tensor:
@@ -144,5 +155,163 @@ def span_loss(
         inside = place < length
         inside &= real.gather(1, place.clamp(max=max(length - 1, 0))) if length else inside
         target = place.masked_fill(~inside, IGNORE).view(-1)
-        losses.append(F.cross_entropy(scores[..., i], target, ignore_index=IGNORE))
+        losses.append(_mean_loss(scores[..., i], target))
     return (losses[0] + losses[1]) / 2
+
+
+def mask_tokens(
+    tokens: Tensor,
+    *,
+    mask_token: int,
+    vocab_size: int,
+    special_tokens: Sequence[int],
+    generator: torch.Generator | int,
+    probability: float = 0.15,
+) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of the masked language model.
+
+    Each token that is not special is chosen with `probability`, independently. A chosen one is
+    replaced by the mask token (80%), by a random token that is not special (10%), or kept (10%).
+    Source: Devlin et al., "BERT", 2019, section 3.1.
+
+    Args:
+        tokens: ids of any shape (packed: `[T]`), int32 or int64, on any device.
+        mask_token: id of [MASK].
+        vocab_size: V.
+        special_tokens: ids that are neither chosen nor drawn, the mask token among them.
+        generator: on the tokens' device; or a seed.
+        probability: of being chosen.
+
+    Returns:
+        Inputs, and labels: the token itself where it was chosen, −100 elsewhere. Both like
+        `tokens`, which stay as they are.
+
+    Raises:
+        TypeError: tokens that are no integers.
+        ValueError: a probability outside [0, 1], or nothing but special tokens to draw from.
+        IndexError: a special token, or the mask token, outside the vocabulary.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"tokens must be a tensor of int32 or int64, not {_kind(tokens)}")
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability must lie in [0, 1], not {probability}")
+    special = sorted({*special_tokens, mask_token})
+    if special[0] < 0 or special[-1] >= vocab_size:
+        raise IndexError(f"special tokens {special} must lie in 0 … {vocab_size - 1}")
+    if len(special) == vocab_size:
+        raise ValueError("every token of the vocabulary is special: nothing is left to draw")
+    if isinstance(generator, int):
+        generator = torch.Generator(tokens.device).manual_seed(generator)
+    device, shape = tokens.device, tokens.shape
+    draws = torch.rand((2, *shape), generator=generator, device=device)
+    words = torch.randint(vocab_size - len(special), shape, generator=generator, device=device)
+    for token in special:  # in rising order: what is drawn steps over each of them
+        words += words >= token
+    known = torch.tensor(special, dtype=tokens.dtype, device=device)
+    chosen = (draws[0] < probability) & ~torch.isin(tokens, known)
+    inputs = tokens.masked_fill(chosen & (draws[1] < 0.8), mask_token)
+    inputs = torch.where(chosen & (draws[1] >= 0.9), words.to(tokens.dtype), inputs)
+    return inputs, tokens.masked_fill(~chosen, IGNORE)
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Sentences that follow each other in a document, at least two, each a list of token ids."""
+
+    document: int
+    sentences: tuple[Sequence[int], ...]
+
+
+def passages(
+    documents: Sequence[Sequence[Sequence[int]]], length: int
+) -> tuple[list[Passage], list[int]]:
+    """Splits documents into passages for next-sentence pairs.
+
+    Args:
+        documents: of each document its sentences' token ids, without special tokens. Empty
+            sentences are passed over.
+        length: longest pair in tokens, its three special tokens counted.
+
+    Returns:
+        Passages that end as soon as they fill a pair (a last sentence alone is left out); and the
+        places of documents too short to give any, with fewer than two sentences.
+
+    Raises:
+        ValueError: a length without room for a token in each segment, or fewer than two documents
+            with passages, so that none could be drawn from another.
+    """
+    if length < 5:
+        raise ValueError(f"length must be 5 or more, for a pair and its marks, not {length}")
+    found: list[Passage] = []
+    short = []
+    for place, document in enumerate(documents):
+        before = len(found)
+        sentences: list[Sequence[int]] = []
+        for sentence in (*filter(None, document), None):
+            full = sum(map(len, sentences)) >= length - 3
+            if len(sentences) > 1 and (full or sentence is None):
+                found.append(Passage(place, tuple(sentences)))
+                sentences = []
+            if sentence is not None:
+                sentences.append(sentence)
+        if len(found) == before:
+            short.append(place)
+    if len({passage.document for passage in found}) < 2:
+        raise ValueError(
+            f"next-sentence pairs need two documents of two sentences; {len(short)} of "
+            f"{len(documents)} are shorter: give more text, with blank lines between paragraphs"
+        )
+    return found, short
+
+
+def next_sentence_pair(
+    here: Passage,
+    passages: Sequence[Passage],
+    *,
+    length: int,
+    cls_token: int,
+    sep_token: int,
+    generator: torch.Generator,
+) -> tuple[list[int], list[int], int]:
+    """A pair of segments, the second of which follows the first with probability ½.
+
+    The passage is cut between two of its sentences, at random. Where the second half is not taken,
+    the end of a random passage of another document is. The longer segment loses its last tokens
+    until the pair fits.
+
+    Args:
+        here: the passage.
+        passages: where others are drawn from, of two documents or more; see `passages`.
+        length: longest pair in tokens.
+        cls_token: id that opens the pair.
+        sep_token: id that ends each segment.
+        generator: of a CPU.
+
+    Returns:
+        `[CLS] first [SEP] second [SEP]`; token types, 0 up to the first [SEP] and 1 after; and the
+        label, 0 where the second follows, 1 where it comes from elsewhere.
+    """
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    cut = 1 + draw(len(here.sentences) - 1)
+    first, second = here.sentences[:cut], here.sentences[cut:]
+    label = draw(2)
+    if label:
+        other = here
+        while other.document == here.document:
+            other = passages[draw(len(passages))]
+        second = other.sentences[1 + draw(len(other.sentences) - 1) :]
+    segments = [[token for sentence in half for token in sentence] for half in (first, second)]
+    room = length - 3
+    shorter = min(map(len, segments))
+    most = max(room - shorter, room - room // 2)  # of the longer; if both are long, half each
+    a = segments[0][:most]
+    b = segments[1][: min(most, room - len(a))]
+    ids = [cls_token, *a, sep_token, *b, sep_token]
+    return ids, [0] * (len(a) + 2) + [1] * (len(b) + 1), label

@@ -77,7 +77,7 @@ class PageAllocator:
         self.num_pages = num_pages
         self.page_size = page_size
         self.pool = PagePool(num_pages)
-        self._prefixes = prefixes
+        self.prefixes = prefixes
         self._copy = copy
         self._clear = clear
         self._entries: dict[int, Entry] = {}
@@ -108,8 +108,8 @@ class PageAllocator:
         found: list[Prefix] = []
         if prompt is not None:
             _check_tokens("prompt", prompt)
-            if self._prefixes is not None:
-                found = self._prefixes.match(prompt[: max(len(prompt) - 1, 0)])
+            if self.prefixes is not None:
+                found = self.prefixes.match(prompt[: max(len(prompt) - 1, 0)])
         pages = [prefix.page for prefix in found]
         missing = max(0, self._pages_for(num_tokens) - len(pages))
         self._check_available(missing, self.pool.num_available_beside(pages))
@@ -170,14 +170,14 @@ class PageAllocator:
                 f"sequence {sequence} has {entry.length} tokens, fewer than the {len(tokens)} to "
                 "remember"
             )
-        if self._prefixes is None:
+        if self.prefixes is None:
             return
         size = self.page_size
         first = entry.remembered * size
         _check_tokens("tokens", tokens[first:])
         for start in range(first, len(tokens) - size + 1, size):
             page = entry.pages[start // size]
-            entry.prefix, displaced = self._prefixes.add(
+            entry.prefix, displaced = self.prefixes.add(
                 entry.prefix, page, tokens[start : start + size]
             )
             entry.remembered += 1
@@ -246,8 +246,8 @@ class PageAllocator:
 
     def _take(self, count: int) -> list[int]:
         pages, evicted = self.pool.take(count)
-        if self._prefixes is not None:
-            self._prefixes.forget(evicted)
+        if self.prefixes is not None:
+            self.prefixes.forget(evicted)
         self._clear(evicted)
         return pages
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bertgpt import ops
 from bertgpt.kv_cache import PagedKVCache
 from bertgpt.layers import SelfAttend, Window
-from bertgpt.packing import PackedBatch
+from bertgpt.packing import PackedBatch, pack
 
 if TYPE_CHECKING:
     from bertgpt.generation import GenerationMixin
@@ -46,12 +46,17 @@ class FillPages:
 
 @dataclass(frozen=True)
 class ReadPages:
-    """One token per sequence attends to all of its sequence's pages, its own key among them."""
+    """New tokens attend to all of their sequence's pages, their own keys among them.
+
+    One token per sequence, or chunks of several with their boundaries `cu_seqlens` `[B + 1]`.
+    """
 
     cache: PagedKVCache
     slots: Tensor
     page_table: Tensor
     lengths: Tensor
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 1
 
     def __call__(
         self,
@@ -63,11 +68,19 @@ class ReadPages:
         dropout_p: float,
         window: Window,
     ) -> Tensor:
-        """Attention of B tokens, `[B, H, D]` each."""
+        """Attention of the new tokens, `[T, H, D]` each."""
         k_pages, v_pages = self.cache.layers[layer]
         ops.paged_write(k, v, k_pages, v_pages, self.slots)
         return ops.paged_attention(
-            q, k_pages, v_pages, self.page_table, self.lengths, window=window, scale=scale
+            q,
+            k_pages,
+            v_pages,
+            self.page_table,
+            self.lengths,
+            cu_seqlens_q=self.cu_seqlens,
+            max_seqlen_q=self.max_seqlen,
+            window=window,
+            scale=scale,
         )
 
 
@@ -114,7 +127,7 @@ def read_prompts(
     """
     slots = cache.append(sequences, list(batch.lengths))
     attend = FillPages(cache, slots, SelfAttend(batch, causal=True))
-    hidden = _forward(model, batch.values, batch.positions(), attend)
+    hidden = forward(model, batch.values, batch.positions(), attend)
     return model.lm_head(hidden[batch.cu_seqlens[1:].long() - 1])
 
 
@@ -132,11 +145,48 @@ def read_tokens(
     slots = cache.append(sequences, [1] * len(sequences))
     lengths = cache.lengths(sequences)
     attend = ReadPages(cache, slots, cache.page_table(sequences), lengths)
-    return model.lm_head(_forward(model, tokens, lengths.long() - 1, attend))
+    return model.lm_head(forward(model, tokens, lengths.long() - 1, attend))
 
 
-def _forward(
+def read_chunks(
+    model: GenerationMixin,
+    cache: PagedKVCache,
+    sequences: Sequence[int],
+    chunks: Sequence[Sequence[int]],
+    longest: int,
+) -> Tensor:
+    """Reads more tokens of each sequence, any number of them above none.
+
+    Args:
+        model: the language model.
+        cache: where the sequences are.
+        sequences: B of them.
+        chunks: each one's tokens.
+        longest: no chunk is longer; the same for all calls keeps a text's numbers the same.
+
+    Returns:
+        `[B, V]`: the scores of the token after each chunk.
+
+    Raises:
+        OutOfPages: there are too few free pages; nothing has changed.
+    """
+    batch = pack(chunks).to(model.device)
+    slots = cache.append(sequences, list(batch.lengths))
+    lengths = cache.lengths(sequences)
+    table = cache.page_table(sequences)
+    attend = ReadPages(cache, slots, table, lengths, batch.cu_seqlens, longest)
+    before = lengths - batch.cu_seqlens.diff()
+    tokens = batch.values.shape[0]
+    positions = batch.positions() + before.repeat_interleave(
+        batch.cu_seqlens.diff(), output_size=tokens
+    )
+    hidden = forward(model, batch.values, positions, attend)
+    return model.lm_head(hidden[batch.cu_seqlens[1:].long() - 1])
+
+
+def forward(
     model: GenerationMixin, tokens: Tensor, positions: Tensor, attend: FillPages | ReadPages
 ) -> Tensor:
+    """Hidden states `[T, E]` of tokens at these positions, `[T]` each."""
     decoder = model.transformer
     return decoder.decode(decoder.embed(tokens, positions), attend)[-1]

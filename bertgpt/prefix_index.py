@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -44,6 +44,10 @@ class PrefixIndex:
         self._salt = salt
         self._by_key: dict[bytes, Prefix] = {}
         self._by_page: dict[int, Prefix] = {}
+
+    def prefixes(self) -> Collection[Prefix]:
+        """All known prefixes."""
+        return self._by_page.values()
 
     def match(self, tokens: Sequence[int]) -> list[Prefix]:
         """The longest run of known pages that `tokens` starts with, page by page."""

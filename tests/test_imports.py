@@ -26,12 +26,18 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "prefix_index",
     ),
     (),  # models, checkpoints, generation
-    ("validate", "doctor", "demo", "cli", "generate_command", "integrations"),
+    ("validate", "doctor", "demo", "cli", "generate_command", "integrations", "recipes"),
 )
 MODELS = STEPS.index(())
 # Families that may not import even their own step.
 STANDALONE = {"reference", "kernels", "cuda", "portable", "philox", "exact_softmax", "accuracy"}
-HEAVY = {"triton": {"kernels"}, "transformers": {"integrations"}, "tokenizers": set()}
+HEAVY: dict[str, set[str]] = {
+    "triton": {"kernels"},
+    "transformers": {"integrations"},
+    "tokenizers": set(),
+    "accelerate": set(),
+    "matplotlib": set(),
+}
 
 
 def _sources() -> list[tuple[str, Path]]:

@@ -205,3 +205,33 @@ def test_no_scores_and_no_labels_is_an_error(name):
     model, _ = twins(module, name, config)
     with pytest.raises(ValueError, match="skip_logits leaves nothing to return"):
         model(IDS, skip_logits=True)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_no_label_that_counts_gives_zero_and_zero_gradients(name, skip_logits):
+    module, config = (bert, BERT) if name.startswith("Bert") else (gpt, GPT2)
+    model, _ = twins(module, name, config)
+    inputs = inputs_of("right")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    loss = model(**inputs, labels=labels, skip_logits=skip_logits).loss
+    assert loss == 0.0
+    loss.backward()
+    assert all(g is None or (g == 0.0).all() for g in gradients_by_name(model).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("BertForTokenClassification", {"labels": torch.full((4, 12), -100)}),
+        ("BertForSequenceClassification", {"labels": torch.full((4,), -100)}),
+        ("BertForQuestionAnswering", dict.fromkeys(("start_positions", "end_positions"),
+                                                   torch.full((4,), 99))),
+    ],
+)  # fmt: skip
+def test_task_heads_without_a_label_that_counts(name, labels):
+    model, _ = twins(bert, name, BERT, **({} if "Question" in name else {"num_labels": 3}))
+    loss = model(**inputs_of("right"), **labels).loss
+    assert loss == 0.0
+    loss.backward()
+    assert all(g is None or (g == 0.0).all() for g in gradients_by_name(model).values())

@@ -302,12 +302,6 @@ def test_where_values_are_not_checked_a_bad_row_gives_minus_one_and_no_other_cha
     assert implementation(logits, **run).tolist() == right.where(~wrong, -1).tolist()
 
 
-def test_triton_refuses_in_words():
-    with pytest.raises(ops.BackendUnavailable, match="sample has no Triton kernel"):
-        ops.sample(LOGITS, **SEEDED, backend="triton")
-    assert "sample: torch would run" in str(ops.explain("sample", LOGITS, **SEEDED))
-
-
 def test_registration():
     for rows in (0, 3):
         logits, run = logits_of(rows, 61, torch.float32), settings_of(rows)

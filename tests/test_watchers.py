@@ -185,7 +185,7 @@ class TestErrorFlags:
         ops.raise_pending()  # told once
 
     def test_a_decode_raises_at_the_next_token_that_is_read(self, monkeypatch):
-        from bertgpt import generation, gpt
+        from bertgpt import gpt, paged_forward
         from bertgpt.kv_cache import PagedKVCache
 
         class Spoilt(PagedKVCache):
@@ -202,7 +202,7 @@ class TestErrorFlags:
         expected = model.generate([[3, 4, 5], [6]], 5)
         tables = []
         with monkeypatch.context() as patch:
-            patch.setattr(generation, "PagedKVCache", Spoilt)
+            patch.setattr(paged_forward, "PagedKVCache", Spoilt)
             with pytest.raises(IndexError, match="page id in use lies outside the pool"):
                 model.generate([[3, 4, 5], [6]], 5)
         assert len(tables) == 2

@@ -51,18 +51,19 @@ def sample(
     """
     rows, vocabulary = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    tokens = logits.new_empty(rows, dtype=torch.int64)
     arguments: list[float] = []
     kept = []  # copies, until the launch
     for setting in (temperature, top_p, min_p, top_k, seed, sequence_ids, steps):
-        if setting.dim():
-            kept.append(setting.contiguous())
-        elif setting.is_cpu:
-            arguments += (0, setting.item())
-            continue
-        else:
-            kept.append(setting.expand(rows).contiguous())
-        arguments += (kept[-1].data_ptr(), 0)
+        if setting.dim() == 0:
+            if setting.is_cpu:
+                arguments += (0, setting.item())
+                continue
+            setting = setting.expand(rows)
+        if not setting.is_contiguous():
+            setting = setting.contiguous()
+            kept.append(setting)
+        arguments += (setting.data_ptr(), 0)
     extension().sample(
         logits.data_ptr(), tokens.data_ptr(), error_flag(logits), *arguments, rows,
         logits.stride(0), vocabulary, DTYPES[logits.dtype], stream_of(logits),

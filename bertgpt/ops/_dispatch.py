@@ -8,6 +8,7 @@ a call (`_watched.py`), the same code runs without the registered operator aroun
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from bertgpt.cuda import extension
 from bertgpt.ops._backends import (
@@ -26,7 +28,8 @@ from bertgpt.ops._backends import (
     first_tensor,
 )
 from bertgpt.ops._checks import autocasting
-from bertgpt.ops._watched import refuse_tangents, watched
+from bertgpt.ops._plans import Plans
+from bertgpt.ops._watched import refuse_tangents, tangents, watched
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
 LIBRARY = torch.library.Library("bertgpt", "FRAGMENT")
@@ -90,6 +93,9 @@ class Op:
         arguments = self.overload._schema.arguments
         self.fields = tuple(argument.name for argument in arguments)
         self.tensors = tuple(a.name for a in arguments if "Tensor" in str(a.type))
+        parameters = inspect.signature(check).parameters.values()
+        self.named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        self.plans = Plans([p.name for p in parameters], self.tensors)
         torch.library.register_fake(
             f"bertgpt::{self.name}", lambda *values: fake(self.bind(values)), lib=LIBRARY
         )
@@ -103,6 +109,26 @@ class Op:
             return self.overload(*(call[field] for field in self.fields))
         return self._execute(call)
 
+    def repeat(self, *values: Any) -> Any:
+        """What `check` and a call make of `values`, in the order of `check`'s parameters.
+
+        Neither is settled again where the C++ kernel took a call of the same make before.
+        """
+        make = None
+        if not is_compiling() and extension.unavailable() is None:
+            tensors = self.plans.tensors(values)
+            if not watched(tensors) and _is_plain(tensors):
+                make = self.plans.make_of(values)
+                known = self.plans.find(make, values)
+                if known is not None:
+                    return self._execute(known, "cuda")
+        placed = len(values) - len(self.named)
+        call = self.check(*values[:placed], **dict(zip(self.named, values[placed:], strict=True)))
+        outputs = self(call)
+        if make is not None:
+            self.plans.keep(make, values, call, lambda: self.resolve(call) == "cuda")
+        return outputs
+
     def bind(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """The operator's positional arguments by name."""
         return dict(zip(self.fields, values, strict=True))
@@ -114,11 +140,11 @@ class Op:
             return outputs
         return tuple(values[0].new_empty(0) if out is None else out for out in outputs)
 
-    def _execute(self, call: Call) -> Any:
+    def _execute(self, call: Call, name: str | None = None) -> Any:
         strictly = _STRICT.get()
         if strictly or not first_tensor(call).is_cuda:
             self.check_values(call)
-        name = self.resolve(call)
+        name = name or self.resolve(call)
         outputs = self.run(name, call)
         if strictly and name == "cuda":
             extension.raise_pending()
@@ -177,6 +203,15 @@ class Op:
         if _STRICT.get():
             raise BackendUnavailable(f"{message} (strict mode)")
         _warn_once(message)
+
+
+def _is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether neither autocast nor a derivative takes part in a call."""
+    if torch._C._is_any_autocast_enabled() or tangents():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ long as a small kernel's launch, to find nothing to do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
@@ -16,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 
-def watched(tensors: Sequence[Tensor | None]) -> bool:
+def watched(tensors: Sequence[Any]) -> bool:
     """Whether a call must go through its registered operator, because something watches it.
 
     That is: `torch.compile` or export, `torch.jit.trace`, a profiler, a `TorchDispatchMode` (fake
@@ -26,7 +27,7 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
     Gradients are the caller's to tell. Autocast is no watcher: the checks apply it themselves.
 
     Args:
-        tensors: The call's tensors; None for one that was not given.
+        tensors: The call's tensors, in places that may hold something else.
     """
     if (
         is_compiling()  # first: a compiler must not look at what follows
@@ -38,20 +39,24 @@ def watched(tensors: Sequence[Tensor | None]) -> bool:
     ):
         return True
     for tensor in tensors:
-        if tensor is not None:
-            kind = type(tensor)
-            if not (kind is Tensor or kind is Parameter):
-                return True
+        kind = type(tensor)
+        if kind is Tensor or kind is Parameter:
             if tensor.is_neg() or tensor._is_zerotensor():
                 return True
-            if not (tensor.is_cpu or tensor.is_cuda):
-                return True
-    return False
+        elif isinstance(tensor, Tensor):
+            return True
+    first = tensors[0]  # the others lie where it does, or the check will say so
+    return isinstance(first, Tensor) and not (first.is_cpu or first.is_cuda)
+
+
+def tangents() -> bool:
+    """Whether forward-mode derivatives may be asked for."""
+    return forward_ad._current_level >= 0
 
 
 def refuse_tangents(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where forward-mode derivatives, which no rule here has, would be lost."""
-    if forward_ad._current_level < 0:
+    if not tangents():
         return
     for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:

@@ -53,11 +53,7 @@ def add_layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, equations 3 and 4.
     """
-    call = _check(
-        x, residual, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed,
-        return_sum=return_sum, backend=backend,
-    )  # fmt: skip
-    y, total = _OP(call)
+    y, total = _OP.repeat(x, residual, weight, bias, eps, dropout_p, seed, return_sum, backend)
     return (y, total) if return_sum else y
 
 

@@ -71,12 +71,9 @@ def paged_attention(
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
         PagedAttention", 2023; Dao et al., "Flash-Decoding", 2023, for the split kernel.
     """
-    out, lse = _OP(
-        _check(
-            q, k_pages, v_pages, page_table, lengths, cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=max_seqlen_q, causal=causal, window=window, scale=scale,
-            return_lse=return_lse, backend=backend,
-        )
+    out, lse = _OP.repeat(
+        q, k_pages, v_pages, page_table, lengths,
+        cu_seqlens_q, max_seqlen_q, causal, window, scale, return_lse, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -49,7 +49,7 @@ def paged_write(
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
         PagedAttention", 2023.
     """
-    _OP(_check(k, v, k_pages, v_pages, slots, backend=backend))
+    _OP.repeat(k, v, k_pages, v_pages, slots, backend)
 
 
 def check_pages(k_pages: Tensor, v_pages: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`sample`: draws each row's next token by temperature, top-k and top-p."""
+"""`sample`: draws each row's next token by temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from bertgpt import portable, reference
 from bertgpt.exact_softmax import MAX_VOCABULARY
 from bertgpt.ops import _checks as checks
-from bertgpt.ops._backends import Backend, Call, cuda_backend
+from bertgpt.ops._backends import Backend, Call, cuda_backend, triton_backend
 from bertgpt.ops._dispatch import Op, check_backend
 
 _NUMBERS = (int, float)
@@ -40,10 +40,9 @@ def sample(
     Of the tokens of a row, top-k keeps the likeliest (and those as likely as the last of them),
     then top-p the fewest likeliest whose share of what is left reaches p (of equal logits, the
     lower token first; at least one), then min-p those at least that many times as likely as the
-    likeliest. A token is drawn from the kept ones by their softmax at the
-    temperature and by 64 random bits of (seed, sequence, step): whatever batch the row is in and
-    whichever backend runs, it is the same. `docs/sampling.md` is the exact definition. Carries no
-    gradient.
+    likeliest. A token is drawn from the kept ones by their softmax at the temperature and by 64
+    random bits of (seed, sequence, step): whatever batch the row is in and whichever backend runs,
+    it is the same. `docs/sampling.md` is the exact definition. Carries no gradient.
 
     Each setting is a number for all rows or a tensor with one for each.
 
@@ -57,8 +56,7 @@ def sample(
         seed: 64 bits; int64 [B].
         sequence_ids: What tells the rows' sequences apart, 64 bits; int32 or int64 [B].
         steps: Which of its sequence's tokens is drawn, below 2^32; int32 or int64 [B].
-        backend: "cuda", "torch" or "reference" ("triton" has no kernel); None takes the first that
-            can.
+        backend: "cuda", "triton", "torch" or "reference"; None takes the first that can.
 
     Returns:
         int64 [B]: the tokens.
@@ -74,11 +72,7 @@ def sample(
         Curious Case of Neural Text Degeneration", 2020 (top-p); Nguyen et al., "Turning Up the
         Heat: Min-p Sampling for Creative and Coherent LLM Outputs", 2024 (min-p).
     """
-    call = _check(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        seed=seed, sequence_ids=sequence_ids, steps=steps, backend=backend,
-    )  # fmt: skip
-    return _OP(call)
+    return _OP.repeat(logits, temperature, top_k, top_p, min_p, seed, sequence_ids, steps, backend)
 
 
 def _check(
@@ -186,7 +180,8 @@ def _check_values(call: Call) -> None:
 def _run_kernel(kernels: Any, call: Call) -> Tensor:
     return kernels.sample(
         call["logits"], temperature=call["temperature"], top_k=call["top_k"], top_p=call["top_p"],
-        min_p=call["min_p"], seed=call["seed"], sequence_ids=call["sequence_ids"], steps=call["steps"],
+        min_p=call["min_p"], seed=call["seed"], sequence_ids=call["sequence_ids"],
+        steps=call["steps"],
     )  # fmt: skip
 
 
@@ -197,6 +192,7 @@ _OP = Op(
     check_values=_check_values,
     backends={
         "cuda": cuda_backend("sample", _run_kernel),
+        "triton": triton_backend("sample", lambda kernels, **c: _run_kernel(kernels, c)),
         "torch": Backend(portable.sample),
         "reference": Backend(reference.sample),
     },
