@@ -35,6 +35,7 @@ def _attention(
     per_key: bool = False,
     window: tuple[int, int] = (-1, -1),
     kv_heads: int = 12,
+    statistics: bool = False,
 ) -> object:
     from bertgpt.kernels.attention import attention_fwd
     from bertgpt.kernels.attention_backward import attention_bwd
@@ -64,7 +65,7 @@ def _attention(
     if backward:
         rows = (heads, batch * length) if packed else (batch, heads, length)
         return attention_bwd(q, q, meta(*rows, 2, dtype=FP32), q, k, v, **call)
-    return attention_fwd(q, k, v, return_lse=False, return_stats=False, **call)
+    return attention_fwd(q, k, v, return_lse=statistics, return_stats=statistics, **call)
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -127,6 +128,44 @@ def _attention_backward_cases() -> Iterator[Case]:
         yield _attention_case(name, dim, dtype, {**options, "backward": True}, matrix)
     call = partial(_attention, dtype=FP32, backward=True, **packed_causal)
     yield Case("attention_backward", "packed causal d64 tf32", partial(with_tf32, call), NARROW_MMA)
+
+
+_BOUNDS: dict[str, Any] = {"causal": True, "window": (128, -1), "lengths": True, "kv_heads": 3}
+_ALL: dict[str, Any] = {**_BOUNDS, "mask": FP32, "dropout": True}
+_PACKED: dict[str, Any] = {"packed": True, "causal": True, "kv_heads": 3, "dropout": True}
+_PREFIX: dict[str, Any] = {"causal": True, "lengths": True}
+
+
+def _combined_cases() -> Iterator[Case]:
+    """Calls with all that takes registers, and with the most that a column of tiles bears."""
+    sizes: list[tuple[int, torch.dtype]] = [
+        (64, BF16), (128, BF16), (256, BF16), (80, FP16), (31, BF16), (255, BF16),
+        (64, FP32), (128, FP32), (256, FP32),
+    ]  # fmt: skip
+    for dim, dtype in sizes:
+        matrix = NARROW_MMA if dim in (31, 255) else WIDE_MMA
+        options = {**_ALL, "statistics": True}
+        yield _attention_case("all at once", dim, dtype, options, matrix)
+    columns: list[tuple[str, list[tuple[int, torch.dtype]], dict[str, Any], dict[int, str]]] = [
+        ("all at once", sizes, _ALL, NARROW_MMA),
+        ("half mask and all others", [(32, FP16), (96, BF16)], {**_ALL, "mask": BF16}, NARROW_MMA),
+        ("float32 mask", [(64, BF16), (64, FP32), (128, FP32), (31, BF16)], {"mask": FP32},
+         NARROW_MMA),
+        ("bool mask, bounds", [(64, BF16), (128, BF16)], {**_BOUNDS, "mask": torch.bool},
+         NARROW_MMA),
+        ("packed window GQA 4 dropout", [(64, BF16), (256, BF16)],
+         {**_PACKED, "window": (128, -1)}, NARROW_MMA),
+        ("packed causal GQA 4 dropout", [(64, BF16), (128, BF16)], _PACKED, NARROW_MMA),
+        ("key mask, causal", [(80, BF16)], {**_PREFIX, "mask": FP32, "per_key": True}, WIDE_MMA),
+        ("bool mask, causal", [(64, BF16), (128, FP16)], {**_PREFIX, "mask": torch.bool}, WIDE_MMA),
+        ("bounds", [(64, BF16), (128, BF16)], _BOUNDS, WIDE_MMA),
+    ]  # fmt: skip
+    for name, sizes, options, matrix in columns:
+        for dim, dtype in sizes:
+            yield _attention_case(name, dim, dtype, {**options, "backward": True}, matrix)
+    for op, option in (("attention", "statistics"), ("attention_backward", "backward")):
+        tf32 = partial(with_tf32, partial(_attention, dtype=FP32, **_ALL, **{option: True}))
+        yield Case(op, "all at once d64 tf32", tf32, NARROW_MMA)
 
 
 def _attention_dmask(
@@ -276,9 +315,9 @@ def _paged_case(
 
 
 def _attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
-    flags = (False, True)
-    for dim, dtype_bytes, masked, aligned in product((16, 64, 80, 128, 256), (2, 4), flags, flags):
-        yield capability, dim, dtype_bytes, masked, aligned
+    dims, extras = (16, 64, 80, 128, 256), (0, 1, 2)
+    for call in product(dims, (2, 4), extras, (False, True)):  # the last: aligned
+        yield capability, *call
 
 
 def _attention_backward_domain(capability: int) -> Iterator[tuple[Any, ...]]:
@@ -304,6 +343,7 @@ def _paged_attention_domain(capability: int) -> Iterator[tuple[Any, ...]]:
 CASES: tuple[Case, ...] = (
     *_attention_cases(),
     *_attention_backward_cases(),
+    *_combined_cases(),
     *_attention_dmask_cases(),
     *_paged_write_cases(),
     *_paged_attention_cases(),

@@ -50,42 +50,42 @@ class Config:
     descriptors: bool  # keys and values by tensor descriptor (TMA), else by pointer
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
-# BLOCK_D.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by the largest BLOCK_D, then by `AttentionCall.extras`;
+# the last given serves the rest.
 # On sm_90 three 64 × 128 blocks of at most 168 registers a thread hide each other's exponentials.
 # fmt: off
-_HOPPER = {64: ((64, 128, 4, 2), (64, 64, 4, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2)),
+_HOPPER = {64: ((64, 128, 4, 2), (64, 64, 4, 2)),
+           128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
            256: ((128, 64, 8, 2), (64, 32, 8, 2))}
 _BLACKWELL = {64: ((128, 128, 8, 2), (128, 64, 8, 2)), 128: ((128, 128, 8, 2), (64, 64, 8, 2)),
               256: ((64, 64, 8, 2), (128, 32, 8, 2))}
 _POINTERS = {64: ((64, 64, 4, 3), (64, 32, 4, 2)), 128: ((128, 32, 8, 2), (64, 32, 8, 2)),
              256: ((64, 32, 8, 2), (32, 32, 8, 2))}
-_UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 64: ((16, 32, 4, 1),) * 2, 128: ((16, 32, 8, 1),) * 2,
-              256: ((16, 16, 8, 1),) * 2}
-_FLOAT32 = {64: ((32, 32, 4, 2),) * 2, 128: ((32, 16, 8, 2), (16, 32, 8, 2)),
-            256: ((16, 32, 8, 1),) * 2}
+_UNALIGNED = {32: ((16, 16, 4, 1),), 64: ((16, 32, 4, 1),),
+              128: ((16, 32, 8, 1),), 256: ((16, 16, 8, 1),)}
+_FLOAT32 = {64: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            128: ((32, 16, 8, 2), (16, 32, 8, 2)),
+            256: ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))}
 # fmt: on
 
 
 def pick_config(
-    capability: int, head_dim: int, dtype_bytes: int, extra: bool, aligned: bool
+    capability: int, head_dim: int, dtype_bytes: int, extras: int, aligned: bool
 ) -> Config:
     """Tile shape for a compute capability (90 = sm_90) and a call.
 
-    `aligned` says that a descriptor can describe keys and values, `extra` that a mask is given or
-    weights are dropped.
+    `aligned` says that a descriptor can describe keys and values; `extras`: `AttentionCall`.
     Lengths and batch play no part: a sequence's bits don't depend on the batch it is in.
     """
-    descriptors = False
+    table, descriptors = _POINTERS, False
     if not aligned:
         table = _UNALIGNED  # loads of single elements, one pointer each
     elif dtype_bytes == 4:
         table = _FLOAT32  # products without tensor cores
     elif capability // 10 in (9, 10):
         table, descriptors = (_HOPPER if capability // 10 == 9 else _BLACKWELL), True
-    else:
-        table = _POINTERS
-    return Config(*table[min(d for d in table if head_dim <= d)][extra], descriptors)
+    tiles = table[min(d for d in table if head_dim <= d)]
+    return Config(*tiles[min(extras, len(tiles) - 1)], descriptors)
 
 
 def unsupported(*, mask: torch.Tensor | None, **call: Any) -> str | None:
@@ -273,8 +273,8 @@ def attention_fwd(
 
     folded = max(abs(scale) * LOG2E.value, _SMALLEST_SCALE)
     seed, *drop = call.dropout
-    extra, aligned = mask is not None or seed is not None, describable(k) and describable(v)
-    config = pick_config(compute_capability(), dim, q.element_size(), extra, aligned)
+    aligned = describable(k) and describable(v)
+    config = pick_config(compute_capability(), dim, q.element_size(), call.extras, aligned)
     tiles, block_d = triton.cdiv(call.longest_q, config.BLOCK_M), call.constants["BLOCK_D"]
     described = [describe_heads(x, config.BLOCK_N, block_d) for x in (k, v) if config.descriptors]
     _attention_fwd_kernel[(call.batch * heads * tiles,)](

@@ -6,9 +6,8 @@ factors z (1 / (1 - p_drop) where a weight is kept, 0 elsewhere; 1 without dropo
 Scores and dropout bits are computed again, dS in both kernels: five products would do, but only by
 atomics on dQ; with seven, one program owns each row and adds in one order.
 
-Memory: `attention_dq` first, which also writes δ. Then here k and v cross HBM once, q, dO and their
-rows' statistics once for each tile of BLOCK_N keys, mostly from L2; written are dK and dV. No
-[L, S] matrix is stored.
+Memory: after `attention_dq`, which writes δ, k and v cross HBM once, q, dO and their rows'
+statistics once for each tile of BLOCK_N keys, mostly from L2; written are dK and dV alone.
 
 Grid: one axis of batch · KV heads · key tiles, tiles fastest, so that neighbours read the same
 queries; under causal the longest tiles come first by themselves.
@@ -23,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from bertgpt.kernels.attention_call import Config, attention_call
+from bertgpt.kernels.attention_call import attention_call
 from bertgpt.kernels.attention_dmask import attention_dmask
 from bertgpt.kernels.attention_dq import _attention_bwd_dq_kernel
+from bertgpt.kernels.attention_tiles import pick_config
 from bertgpt.kernels.descriptors import describable
 from bertgpt.kernels.device import compute_capability
 from bertgpt.kernels.dropout import keep_weights
@@ -35,48 +35,6 @@ from bertgpt.kernels.primitives import (
     score_gradients,
     sequence_spans,
 )
-
-# (BLOCK_M, BLOCK_N, num_warps, num_stages), plain and with a mask tensor or dropout, by the largest
-# BLOCK_D: the largest tiles that compile without a spill.
-# fmt: off
-_HOPPER = {
-    "dq": {64: ((64, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 64, 8, 2), (64, 32, 8, 2)),
-           256: ((32, 32, 8, 1),) * 2},
-    "dkdv": {64: ((64, 128, 8, 2), (32, 64, 4, 2)), 128: ((32, 64, 8, 2),) * 2,
-             256: ((32, 32, 8, 1),) * 2},
-}
-_BLACKWELL = {
-    "dq": {**_HOPPER["dq"], 128: ((64, 64, 8, 2), (64, 32, 4, 2))},
-    "dkdv": {**_HOPPER["dkdv"], 64: ((64, 64, 8, 2), (32, 64, 4, 2)),
-             128: ((32, 64, 8, 2), (64, 32, 8, 2))},
-}
-_OTHERS = {
-    "dq": {64: ((128, 32, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2), (32, 64, 8, 2)),
-           256: ((32, 32, 8, 1),) * 2},
-    "dkdv": {64: ((32, 128, 8, 2), (64, 32, 4, 2)), 128: ((64, 32, 8, 2),) * 2,
-             256: ((32, 32, 8, 1),) * 2},
-}
-_UNALIGNED = {32: ((16, 16, 4, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}
-_FLOAT32 = {"dq": {64: ((32, 32, 4, 1),) * 2, 256: ((16, 16, 4, 1),) * 2},
-            "dkdv": {64: ((16, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2}}
-# fmt: on
-
-
-def pick_config(
-    gradient: str, capability: int, head_dim: int, dtype_bytes: int, extra: bool, aligned: bool
-) -> Config:
-    """Tile shape of one kernel ("dq" or "dkdv") for a compute capability (90 = sm_90) and a call.
-
-    `aligned` says that rows are multiples of 16 bytes, `extra` that a mask is given or weights are
-    dropped. Lengths and batch play no part: a sequence's bits don't depend on the batch it is in.
-    """
-    if not aligned:
-        table = _UNALIGNED  # loads of single elements, one pointer each
-    elif dtype_bytes == 4:
-        table = _FLOAT32[gradient]  # products without tensor cores
-    else:
-        table = {9: _HOPPER, 10: _BLACKWELL}.get(capability // 10, _OTHERS)[gradient]
-    return Config(*table[min(d for d in table if head_dim <= d)][extra])
 
 
 # fmt: off
@@ -219,8 +177,13 @@ def attention_bwd(
         `mask_shape` if given; zero where nothing is seen, and in packed tokens of no sequence.
     """
     # fmt: on
-    mask = arguments["mask"]
+    mask, dim = arguments["mask"], q.shape[-1]
     call = attention_call(q, k, **arguments)
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    aligned = all(describable(x) for x in (q, k, v, grad_out))
+    if not aligned and call.extras == 2:
+        grad_out, out, q, k, v = (_aligned_rows(x) for x in (grad_out, out, q, k, v))
+        call, aligned = attention_call(q, k, **arguments), True
     allocate = torch.zeros if call.packed else torch.empty  # packed: wrong spans leave gaps
     dq, dk, dv = (allocate(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     gradients = {"q": dq, "k": dk, "v": dv}
@@ -229,11 +192,9 @@ def attention_bwd(
             gradients["mask"] = mask.new_empty(tuple(mask_shape))
         return {name: gradient.zero_() for name, gradient in gradients.items()}
 
-    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta = torch.empty(call.row_shape(q), dtype=torch.float32, device=q.device)
     heads, kv_heads = q.shape[-2], k.shape[-2]
     seed, *drop = call.dropout
-    aligned = all(describable(x) for x in (q, k, v, grad_out))
     inputs = (q, k, v, mask, *call.indices, seed, grad_out)
     strides = [*call.strides(q), *call.strides(k), *call.strides(v)]
     strides += mask.stride() if mask is not None else (0, 0, 0, 0)
@@ -245,9 +206,8 @@ def attention_bwd(
         ("dkdv", _attention_bwd_dkdv_kernel, (stats, delta, dk, dv), dk),
     ):
         config = pick_config(
-            gradient, compute_capability(), q.shape[-1], q.element_size(),
-            mask is not None or seed is not None, aligned,
-        )  # fmt: skip
+            gradient, compute_capability(), q.shape[-1], q.element_size(), call.extras, aligned
+        )
         tile = config.BLOCK_M if gradient == "dq" else config.BLOCK_N
         tiles = triton.cdiv(call.longest_q if gradient == "dq" else call.longest_k, tile)
         kernel[(call.batch * like.shape[-2] * tiles,)](
@@ -260,4 +220,18 @@ def attention_bwd(
         gradients["mask"] = attention_dmask(
             q, k, v, mask, grad_out, stats, delta, mask_shape, scale, call, aligned
         )
-    return gradients
+    return {
+        name: gradient if name == "mask" else gradient[..., :dim].contiguous()
+        for name, gradient in gradients.items()
+    }
+
+
+def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x [..., D] with zeros at each row's end, so that rows begin at 16 bytes.
+
+    Single elements, one pointer each, leave no registers for the most that a call adds.
+    """
+    dim = x.shape[-1]
+    padded = x.new_zeros(*x.shape[:-1], dim + -dim % (16 // x.element_size()))
+    padded[..., :dim] = x
+    return padded

@@ -33,6 +33,8 @@ class AttentionCall:
         natural: Softmax statistics in units of e rather than 2.
         dropout: Seed on the device (None without dropout), the least word that is kept, and the
             factor of what is kept.
+        extras: Which column of a table of tiles the call takes: how much it adds to the registers
+            of its products, 0, 1 or 2.
         constants: Compile-time arguments that all kernels share.
     """
 
@@ -44,6 +46,7 @@ class AttentionCall:
     window: tuple[int, int]
     natural: bool
     dropout: tuple[torch.Tensor | None, int, float]
+    extras: int
     constants: dict[str, Any]
 
     def strides(self, x: torch.Tensor) -> tuple[int, ...]:
@@ -78,6 +81,11 @@ def attention_call(
     left = -1 if left >= len_k - 1 else left  # reaches the first key from the last query
     right = -1 if right >= len_q - 1 and not causal else right
     additive = mask is not None and mask.dtype != torch.bool
+    per_query = mask is not None and mask.stride(2) != 0
+    dropout = dropout_arguments(dropout_p, seed, q.device)
+    values = (mask is not None) + (additive and per_query) + (dropout[0] is not None)
+    # What each pair reads or draws counts twice; the left bound as given, whatever the lengths.
+    weight = 2 * values + (window[0] >= 0) + (q.shape[-2] != k.shape[-2])
     natural = additive or q.dtype == torch.float32
     ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return AttentionCall(
@@ -88,12 +96,13 @@ def attention_call(
         indices=tuple(x if x is None else x.contiguous() for x in index_tensors),
         window=(left, right),
         natural=natural,
-        dropout=dropout_arguments(dropout_p, seed, q.device),
+        dropout=dropout,
+        extras=min(max(weight - 1, 0), 2),
         constants={
             "HEAD_DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,
             "NATURAL": natural, "IS_ADDITIVE": additive,
-            "MASK_PER_QUERY": mask is not None and mask.stride(2) != 0,
+            "MASK_PER_QUERY": per_query,
             "PRECISION": "ieee" if ieee else "tf32",
         },
     )  # fmt: skip

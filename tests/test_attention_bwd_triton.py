@@ -30,6 +30,7 @@ from bertgpt.reference.philox import keep_attention
 pytest.importorskip("triton")
 from bertgpt.kernels import attention as forward
 from bertgpt.kernels import attention_backward as kernel
+from bertgpt.kernels.attention_call import Config, attention_call
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -37,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 NAN = float("nan")
-TINY = kernel.Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
+TINY = Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
 TILES = {"16×16": TINY, "16×32": replace(TINY, BLOCK_N=32), "32×16": replace(TINY, BLOCK_M=32)}
 DTYPE_TILES = list(zip(KERNEL_DTYPES, TILES, strict=True))
 
@@ -361,12 +362,45 @@ def test_a_seed_is_drawn_once_for_both_directions(tiles):
     assert_bitwise(torch.autograd.grad(out.sum(), v)[0], first[0])
 
 
+@pytest.mark.parametrize("length", [2, 9, 200])
+@pytest.mark.parametrize(
+    ("options", "extras"),
+    [
+        ({}, 0),
+        ({"window": (64, -1), "key_lengths": torch.tensor([1])}, 0),
+        ({"mask": torch.bool}, 1),
+        ({"mask": torch.float32, "per_key": True, "causal": True}, 1),
+        ({"dropout_p": 0.1, "window": (-1, 64)}, 1),
+        ({"mask": torch.float16}, 2),
+        ({"mask": torch.bool, "dropout_p": 0.1}, 2),
+        ({"mask": torch.bool, "window": (64, -1)}, 2),
+        ({"dropout_p": 0.1, "window": (64, -1)}, 2),
+        ({"mask": torch.float32, "dropout_p": 0.1, "window": (64, -1)}, 2),
+    ],
+    ids=str,
+)
+def test_what_takes_registers_counts_and_lengths_do_not(options, extras, length):
+    """Else a sequence would get other tiles, and other bits, in another batch."""
+    given = {
+        "key_lengths": None, "causal": False, "window": (-1, -1), "seed": torch.tensor(5),
+        "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None,
+        "mask": None, "dropout_p": 0.0,
+    } | options  # fmt: skip
+    per_key = given.pop("per_key", False)
+    if given["mask"] is not None:
+        rows = 1 if per_key else length
+        mask = torch.zeros(1, 1, rows, length, dtype=given["mask"])
+        given["mask"] = mask.expand(1, 2, length, length)
+    q = randn(1, length, 2, 16)
+    assert attention_call(q, q, **given).extras == extras
+
+
 def test_configs_are_powers_of_two_for_every_machine():
-    for gradient, capability, dim, size, extra, aligned in product(
+    for gradient, capability, dim, size, extras, aligned in product(
         ("dq", "dkdv"), (80, 86, 89, 90, 100, 103, 120, 121), range(1, 257), (2, 4),
-        (False, True), (False, True),
+        (0, 1, 2), (False, True),
     ):  # fmt: skip
-        config = kernel.pick_config(gradient, capability, dim, size, extra, aligned)
+        config = kernel.pick_config(gradient, capability, dim, size, extras, aligned)
         for extent in (config.BLOCK_M, config.BLOCK_N):
             assert extent >= 16
             assert extent & (extent - 1) == 0

@@ -329,10 +329,10 @@ def test_a_float64_mask_keeps_its_finite_values_finite():
 
 
 def test_configs_are_powers_of_two_for_every_machine():
-    for capability, dim, size, masked, aligned in product(
-        (80, 86, 89, 90, 100, 103, 120, 121), range(1, 257), (2, 4), (False, True), (False, True)
+    for capability, dim, size, extras, aligned in product(
+        (80, 86, 89, 90, 100, 103, 120, 121), range(1, 257), (2, 4), (0, 1, 2), (False, True)
     ):
-        config = kernel.pick_config(capability, dim, size, masked, aligned)
+        config = kernel.pick_config(capability, dim, size, extras, aligned)
         for extent in (config.BLOCK_M, config.BLOCK_N):
             assert extent >= 16
             assert extent & (extent - 1) == 0

@@ -84,6 +84,16 @@ def test_gradients(pooling, normalize, backend):
     assert nothing.grad.shape == (0, 3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pull", [1.0, -1.0])
+def test_equal_maxima_share_their_gradient(pull, backend):
+    x = torch.tensor([[1.0], [2.0], [2.0], [3.0], [3.0], [3.0]], requires_grad=True)
+    vectors = ops.pool(x, cu_seqlens((3, 3)), pooling="max", backend=backend)
+    (gradient,) = torch.autograd.grad(vectors, x, torch.full((2, 1), pull))
+    shares = [0.0, 1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3]
+    assert gradient[:, 0].tolist() == pytest.approx([pull * share for share in shares])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
