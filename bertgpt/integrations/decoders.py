@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ _KNOWN = {
 }
 
 
+@cache
+def _signature(forward: Any) -> inspect.Signature:
+    """Looked up once: stock's forward lies under several decorators, and every token calls it."""
+    return inspect.signature(forward)
+
+
 class GPT2Model(Patched):
     """Takes padding out before the first block."""
 
@@ -63,8 +70,10 @@ class GPT2Model(Patched):
         refuse_head_mask(kwargs)
         # A compiler must not look at what follows.
         if not torch.compiler.is_compiling():
-            call = inspect.signature(super().forward).bind(*args, **kwargs).arguments
+            stock: Any = super().forward
+            call = _signature(stock.__func__).bind(self, *args, **kwargs).arguments
             call |= call.pop("kwargs", {})
+            del call["self"]
             given = {name: value for name, value in call.items() if value is not None}
             output = self._forward_packed(given)
             if output is not None:
