@@ -105,8 +105,8 @@ class GPT2Models(ModelTesterMixin, unittest.TestCase):
             transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, **ids)
         )
 
-    def test_generation_tester_mixin_inheritance(self):
-        self.skipTest("the tests of generation are not in the source distribution")
+    # It asks for the tests of generation, which are not in the source distribution.
+    test_generation_tester_mixin_inheritance = None
 
 
 class Patching(unittest.TestCase):
