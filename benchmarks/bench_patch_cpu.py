@@ -36,7 +36,7 @@ import bertgpt
 from bertgpt.benchmarks import environment
 from bertgpt.demo_data import minilm_folder, news_sentences
 
-FILE = Path(__file__).parent / "results" / "patch_cpu.json"
+FILE = Path(__file__).parent / "results" / "against_stock" / "patch_cpu.json"
 MODEL_AT_LEAST, ENCODE_AT_LEAST = 1.8, 1.5
 PATCH_SECONDS, PATCH_BYTES = 0.2, 1 << 20
 AGREE = 1e-4

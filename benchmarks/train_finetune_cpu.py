@@ -6,7 +6,7 @@ measured is the held-out fifth: no text of it, and of questions no article, is t
 
     python benchmarks/train_finetune_cpu.py topics tags --seed 0 --seed 1 --threads 1
 
-Each run replaces its line in benchmarks/results/train_finetune_cpu.json. Seconds depend on what
+Each run replaces its line in benchmarks/results/against_stock/finetune_cpu.json. Seconds depend on what
 else the machine does: CPU seconds and the load stand beside them.
 """
 
@@ -38,7 +38,7 @@ from bertgpt.demo_data import minilm_folder
 from bertgpt.recipes.finetune import RECIPES, fit, new_recipe
 from bertgpt.recipes.settings import Settings
 
-RESULTS = Path(__file__).parent / "results" / "train_finetune_cpu.json"
+RESULTS = Path(__file__).parent / "results" / "against_stock" / "finetune_cpu.json"
 CONTENDERS = ("ours", "stock")
 BATCH = 16
 

@@ -38,7 +38,7 @@ from bertgpt.recipes.settings import Settings
 from bertgpt.recipes.task import Batch, Task
 from bertgpt.recipes.text import Document, hold_out, read_documents
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "against_stock"
 AGREE = 0.02  # nats between the two held-out losses
 HELD_OUT, WORDS = 0.05, 4096
 NO_DROPOUT = {
