@@ -43,7 +43,7 @@ class Contest:
 
 CONTESTS = {
     "topics": Contest(
-        "classify", "BBC news articles, five topics", 10_000, 10_000, 64, 1, 2e-4, 0.95
+        "classify", "BBC news articles, five topics", 10_000, 10_000, 128, 1, 2e-4, 0.95
     ),
     "sentiment": Contest("classify", "tweets, three sentiments", 3000, 1000, 64, 1, 2e-4),
     "tags": Contest("tag", "tweets, names of ten types", 10_000, 10_000, 64, 2, 3e-4),
