@@ -202,3 +202,13 @@ def test_a_configuration_of_another_family_is_named(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt_neo"
     with pytest.raises(ValueError, match="model_type is 'gpt_neo', not 'openai-gpt'"):
         bertgpt.OpenAIGPTConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "values"), FAMILIES)
+def test_the_engine_writes_what_generate_writes(name, values):
+    """Prompts in chunks of eight tokens, wider than the local layers' window."""
+    model, _ = twins(bertgpt, name, values)
+    rows = [random_ids(n).tolist() for n in (7, 1, 12, 17)]
+    engine = bertgpt.Engine(model, num_pages=12, page_size=8, prefill_tokens=8)
+    expected = model.generate(rows, 6, eos_token_id=())
+    assert engine.generate(rows, 6, eos_token_id=()) == expected

@@ -57,9 +57,10 @@ def test_ties_at_the_edge_and_shares_reached_exactly(small_blocks):
     tied[:, [0, 3, 5]], tied[:, [1, 34, 40]] = 0.0, 1.0
     assert set(check(tied, {**run, "top_k": 3, "top_p": 0.5}).tolist()) <= {1, 34}
     assert set(check(tied, {**run, "top_p": 1e-30}).tolist()) == {1}
-    assert set(check(tied, {**run, "min_p": 0.9}).tolist()) <= {1, 34, 40}
-    tied[:, 3] = -0.0
-    check(tied, {**run, "top_k": 4, "temperature": 9.0})
+    assert set(check(tied, {**run, "min_p": 1.0}).tolist()) <= {1, 34, 40}
+    zeros = torch.full((1, 45), -9.0)
+    zeros[0, 2], zeros[0, 40] = -0.0, 0.0
+    assert check(zeros, {**SEEDED, "temperature": 0}).tolist() == [2]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1.0, 3.4e38])
