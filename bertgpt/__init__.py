@@ -50,6 +50,10 @@ _EXPORTS = {
     "Engine": "bertgpt.engine",
     "DeadlineExceeded": "bertgpt.engine",
     "SamplingOptions": "bertgpt.sampling",
+    "patch": "bertgpt.integrations.transformers",
+    "unpatch": "bertgpt.integrations.transformers",
+    "register": "bertgpt.integrations.transformers",
+    "PatchReport": "bertgpt.integrations.transformers",
 }
 _MODULES = ("ops", "reference", "kernels")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_INNER = 384  # terms that oneDNN adds up one after the other: with many more, roundings show
-_ROWS = 8  # below, reading the weights is the cost, which both libraries do alike
-_ROWS_OF_COPIES = 64  # from here on, copying the weight in pieces is cheap beside the product
+_INNER = 1024  # terms that oneDNN adds up one after the other: with more, roundings show,
+_PART = 384  # and so they are added up in parts,
+_ROWS_OF_PARTS = 64  # where there are rows enough beside which copying the weight's is cheap
 _MULTIPLICATIONS = 2**21  # below, oneDNN's longer way to its kernel costs more than it saves
 
 
@@ -23,7 +23,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return F.linear(x, w, b)
     if x.shape[-1] <= _INNER:
         return _onednn(x, w, b)
-    first, *others = zip(x.split(_INNER, -1), w.split(_INNER, -1), strict=True)
+    first, *others = zip(x.split(_PART, -1), w.split(_PART, -1), strict=True)
     y = _onednn(*first, b)
     for x_part, w_part in others:
         y += _onednn(x_part, w_part, None)
@@ -46,8 +46,9 @@ def is_finite(y: Tensor) -> bool:
 def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
     *outer, inner = x.shape
     rows = math.prod(outer)
-    enough = _ROWS if inner <= _INNER else _ROWS_OF_COPIES
-    return rows >= enough and rows * inner * w.shape[0] >= _MULTIPLICATIONS
+    if rows * inner * w.shape[0] < _MULTIPLICATIONS:
+        return False
+    return inner <= _INNER or rows >= _ROWS_OF_PARTS
 
 
 def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:

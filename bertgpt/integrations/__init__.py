@@ -1,0 +1,1 @@
+"""bertgpt inside other libraries' models."""
