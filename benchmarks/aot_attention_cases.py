@@ -164,7 +164,8 @@ def _combined_cases() -> Iterator[Case]:
         for dim, dtype in sizes:
             yield _attention_case(name, dim, dtype, {**options, "backward": True}, matrix)
     for op, option in (("attention", "statistics"), ("attention_backward", "backward")):
-        tf32 = partial(with_tf32, partial(_attention, dtype=FP32, **_ALL, **{option: True}))
+        call = partial(_attention, dtype=FP32, **{**_ALL, option: True})
+        tf32 = partial(with_tf32, call)
         yield Case(op, "all at once d64 tf32", tf32, NARROW_MMA)
 
 

@@ -59,11 +59,11 @@ _HOPPER = {64: ((64, 128, 4, 2), (64, 64, 4, 2)),
            256: ((128, 64, 8, 2), (64, 32, 8, 2))}
 _BLACKWELL = {64: ((128, 128, 8, 2), (128, 64, 8, 2)), 128: ((128, 128, 8, 2), (64, 64, 8, 2)),
               256: ((64, 64, 8, 2), (128, 32, 8, 2))}
-_POINTERS = {64: ((64, 64, 4, 3), (64, 32, 4, 2)), 128: ((128, 32, 8, 2), (64, 32, 8, 2)),
+_POINTERS: Any = {64: ((64, 64, 4, 3), (64, 32, 4, 2)), 128: ((128, 32, 8, 2), (64, 32, 8, 2)),
              256: ((64, 32, 8, 2), (32, 32, 8, 2))}
 _UNALIGNED = {32: ((16, 16, 4, 1),), 64: ((16, 32, 4, 1),),
               128: ((16, 32, 8, 1),), 256: ((16, 16, 8, 1),)}
-_FLOAT32 = {64: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+_FLOAT32 = {64: ((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 2)),
             128: ((32, 16, 8, 2), (16, 32, 8, 2)),
             256: ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))}
 # fmt: on
@@ -84,8 +84,8 @@ def pick_config(
         table = _FLOAT32  # products without tensor cores
     elif capability // 10 in (9, 10):
         table, descriptors = (_HOPPER if capability // 10 == 9 else _BLACKWELL), True
-    tiles = table[min(d for d in table if head_dim <= d)]
-    return Config(*tiles[min(extras, len(tiles) - 1)], descriptors)
+    tiles: Any = table[min(d for d in table if head_dim <= d)]
+    return Config(*tiles[min(extras, len(tiles) - 1)], descriptors=descriptors)
 
 
 def unsupported(*, mask: torch.Tensor | None, **call: Any) -> str | None:

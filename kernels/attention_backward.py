@@ -181,13 +181,14 @@ def attention_bwd(
     call = attention_call(q, k, **arguments)
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     aligned = all(describable(x) for x in (q, k, v, grad_out))
-    if not aligned and call.extras == 2:
+    empty = 0 in (q.numel(), k.numel(), call.longest_q, call.longest_k)
+    if call.extras == 2 and not aligned and not empty:
         grad_out, out, q, k, v = (_aligned_rows(x) for x in (grad_out, out, q, k, v))
         call, aligned = attention_call(q, k, **arguments), True
     allocate = torch.zeros if call.packed else torch.empty  # packed: wrong spans leave gaps
     dq, dk, dv = (allocate(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     gradients = {"q": dq, "k": dk, "v": dv}
-    if q.numel() == 0 or k.numel() == 0 or call.longest_q == 0 or call.longest_k == 0:
+    if empty:
         if mask_shape is not None:
             gradients["mask"] = mask.new_empty(tuple(mask_shape))
         return {name: gradient.zero_() for name, gradient in gradients.items()}

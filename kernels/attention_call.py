@@ -84,8 +84,8 @@ def attention_call(
     per_query = mask is not None and mask.stride(2) != 0
     dropout = dropout_arguments(dropout_p, seed, q.device)
     values = (mask is not None) + (additive and per_query) + (dropout[0] is not None)
-    # What each pair reads or draws counts twice; the left bound as given, whatever the lengths.
-    weight = 2 * values + (window[0] >= 0) + (q.shape[-2] != k.shape[-2])
+    # A left bound, as given whatever the lengths, and grouped heads add to those only.
+    values += values > 0 and (window[0] >= 0 or q.shape[-2] != k.shape[-2])
     natural = additive or q.dtype == torch.float32
     ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return AttentionCall(
@@ -97,7 +97,7 @@ def attention_call(
         window=(left, right),
         natural=natural,
         dropout=dropout,
-        extras=min(max(weight - 1, 0), 2),
+        extras=min(values, 2),
         constants={
             "HEAD_DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0,

@@ -371,6 +371,9 @@ def test_a_seed_is_drawn_once_for_both_directions(tiles):
         ({"mask": torch.bool}, 1),
         ({"mask": torch.float32, "per_key": True, "causal": True}, 1),
         ({"dropout_p": 0.1, "window": (-1, 64)}, 1),
+        ({"kv_heads": 1}, 0),
+        ({"kv_heads": 1, "window": (64, -1)}, 0),
+        ({"kv_heads": 1, "dropout_p": 0.1}, 2),
         ({"mask": torch.float16}, 2),
         ({"mask": torch.bool, "dropout_p": 0.1}, 2),
         ({"mask": torch.bool, "window": (64, -1)}, 2),
@@ -391,8 +394,14 @@ def test_what_takes_registers_counts_and_lengths_do_not(options, extras, length)
         rows = 1 if per_key else length
         mask = torch.zeros(1, 1, rows, length, dtype=given["mask"])
         given["mask"] = mask.expand(1, 2, length, length)
-    q = randn(1, length, 2, 16)
-    assert attention_call(q, q, **given).extras == extras
+    q, k = randn(1, length, 2, 16), randn(1, length, given.pop("kv_heads", 2), 16)
+    assert attention_call(q, k, **given).extras == extras
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 5), (torch.bfloat16, 17)], ids=str)
+def test_rows_of_any_width_where_a_call_adds_most(dtype, D, tiles):
+    q, k, v = qkv(L=20, S=37, D=D, dtype=dtype)
+    check(q, k, v, mask=additive(20, 37), dropout_p=0.3, seed=5)
 
 
 def test_configs_are_powers_of_two_for_every_machine():

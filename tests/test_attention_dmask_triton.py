@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 from bertgpt.kernels import attention as forward
 from bertgpt.kernels import attention_backward as kernel
 from bertgpt.kernels import attention_dmask as dmask
+from bertgpt.kernels.attention_call import Config
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -34,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 NAN = float("nan")
-TINY = kernel.Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
+TINY = Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
 TILES = {"16×16": TINY, "16×32": replace(TINY, BLOCK_N=32), "32×16": replace(TINY, BLOCK_M=32)}
 B, H, L, S = 2, 2, 20, 37
 SHAPES = [(B, H, L, S), (1, H, L, S), (B, 1, L, S), (L, S), (B, H, 1, S), (B, 1, 1, S), (S,)]
