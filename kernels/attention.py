@@ -85,7 +85,7 @@ def pick_config(
     elif capability // 10 in (9, 10):
         table, descriptors = (_HOPPER if capability // 10 == 9 else _BLACKWELL), True
     tiles: Any = table[min(d for d in table if head_dim <= d)]
-    return Config(*tiles[min(extras, len(tiles) - 1)], descriptors=descriptors)
+    return Config(*(*tiles[min(extras, len(tiles) - 1)], descriptors))
 
 
 def unsupported(*, mask: torch.Tensor | None, **call: Any) -> str | None:
