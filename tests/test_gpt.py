@@ -36,7 +36,7 @@ def test_real_checkpoint_on_real_sequences(side):
     assert largest_difference(ours.hidden_states[-1], theirs.hidden_states[-1], mask) <= TOLERANCE
     for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         # Below the last norm the residual stream reaches 1,200, where float32 steps by 1.2e-4.
-        assert largest_difference(a, b, mask) <= max(TOLERANCE, 2**-22 * b.abs().max().item())
+        assert largest_difference(a, b, mask) <= max(TOLERANCE, 2**-21 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("side", SIDES)
