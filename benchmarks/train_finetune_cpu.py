@@ -7,8 +7,7 @@ measured is the held-out fifth: no text of it, and of questions no article, is t
     python benchmarks/train_finetune_cpu.py topics tags --seed 0 --seed 1 --threads 1
 
 Each run replaces its line in benchmarks/results/against_stock/finetune_cpu.json. Seconds
-depend on what
-else the machine does: CPU seconds and the load stand beside them.
+depend on what else the machine does: CPU seconds and the load stand beside them.
 """
 
 from __future__ import annotations
