@@ -18,6 +18,7 @@ from bertgpt.benchmarks.results import Row, row_of
 
 FILES = (
     "bench_attention",
+    "bench_attention_dmask",
     "bench_linear_gelu",
     "bench_gelu_ffn",
     "bench_linear_cross_entropy",

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
+from types import ModuleType
 from typing import Any
 
 from bertgpt.benchmarks import suite
@@ -72,9 +73,12 @@ def searched() -> list[str]:
     """The kernel files that ask a `pick_config`, their own or another's."""
     package = importlib.import_module("bertgpt.kernels")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return [
-        n for n in names if hasattr(importlib.import_module(f"bertgpt.kernels.{n}"), "pick_config")
-    ]
+    return [n for n in names if _asks(importlib.import_module(f"bertgpt.kernels.{n}"))]
+
+
+def _asks(module: ModuleType) -> bool:
+    """Whether a module has both kernels and configs to launch them by."""
+    return hasattr(module, "pick_config") and any(n.endswith("_kernel") for n in vars(module))
 
 
 def cases_of(kernel: str, device: str, only: str = "") -> list[suite.Entry]:
