@@ -9,6 +9,7 @@ there of another form).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bertgpt import ops
 from bertgpt.generation_job import BeamOptions, Job, StopWhen
-from bertgpt.kv_cache import PagedKVCache
+from bertgpt.kv_cache import PagedKVCache, staged
 from bertgpt.paged_forward import make_cache, pages_for, read_prompts, read_tokens
 from bertgpt.sampling import penalise, seen_tokens
 from bertgpt.text import StopStrings
@@ -163,7 +164,8 @@ def _advance(
     scores = raw
     if seen is not None:
         scores = penalise(raw, seen, raw.new_full((len(raw),), penalty))
-    scores = scores + torch.tensor(sums, dtype=raw.dtype).to(raw.device)[:, None]
+    sums_R = staged(sums, raw.dtype, raw.device).to(raw.device, non_blocking=True)
+    scores = scores + sums_R[:, None]
     vocabulary, first, parts = raw.shape[1], 0, []
     for search in searches:
         rows = scores[first : first + len(search.running)].flatten()
@@ -173,6 +175,8 @@ def _advance(
         first += len(search.running)
     every = torch.cat(parts, dim=1).tolist()  # the only wait for the device
     ops.raise_pending()
+    if any(map(math.isnan, every[0])):
+        raise ValueError("the scores of a beam hold NaN or +inf: no token follows")
     start = 0
     for search, part in zip(searches, parts, strict=True):
         columns = zip(*(row[start : start + part.shape[1]] for row in every), strict=True)

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from time import monotonic
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -107,7 +106,7 @@ class Engine:
         self._departures: deque[Request] = deque()
         self._live: dict[int, Request] = {}
         self._lock = threading.Lock()  # held during a step
-        self._steps: WeakKeyDictionary[Any, asyncio.Task[bool]] = WeakKeyDictionary()
+        self._steps: dict[asyncio.AbstractEventLoop, asyncio.Task[bool]] = {}
 
     def submit(
         self,
@@ -168,8 +167,11 @@ class Engine:
         """Ends a request and gives its pages back: at once, or after the step that is running.
 
         Raises:
+            TypeError: It is no request.
             ValueError: It is another engine's.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be what submit returned, not {request!r}")
         if request.engine is not self:
             raise ValueError("the request was submitted to another engine")
         if not request.finished:
@@ -182,13 +184,14 @@ class Engine:
         Returns:
             Whether some request is not finished.
         """
-        with self._lock:
-            self._sweep()
-            self._loop.step()
-            self._forget()
-            busy = bool(self._live or self._arrivals)
-        self._settle()
-        return busy
+        try:
+            with self._lock:
+                self._sweep()
+                self._loop.step()
+                self._forget()
+                return bool(self._live or self._arrivals)
+        finally:
+            self._settle()
 
     def run(self) -> None:
         """Runs steps until every request is finished."""
@@ -216,8 +219,12 @@ class Engine:
             raise TypeError("prompts must be a list of lists: a tensor's rows may be padded")
         requests = [self._request(prompt, max_new_tokens, **options) for prompt in prompts]
         self._arrivals.extend(requests)
-        while not all(request.finished for request in requests):
-            self.step()
+        try:
+            while not all(request.finished for request in requests):
+                self.step()
+        finally:  # after Ctrl-C nobody waits for them
+            for request in requests:
+                self.cancel(request)
         for request in requests:
             if request.error is not None:
                 raise request.error
@@ -271,9 +278,6 @@ class Engine:
         deadline: float | None = None,
     ) -> Request:
         """A request whose arguments are right, not yet among the others."""
-        sampling = SamplingOptions() if sampling is None else sampling
-        if not isinstance(sampling, SamplingOptions):
-            raise TypeError(f"sampling must be SamplingOptions, not {sampling!r}")
         job = make_job(
             self.model,
             [prompt.tolist() if isinstance(prompt, Tensor) else prompt],
@@ -283,8 +287,8 @@ class Engine:
             pad_token_id=None,
             stop_strings=stop_strings,
             tokenizer=tokenizer,
-            sampling=sampling,
-            seed=sampling.seed,
+            sampling=SamplingOptions() if sampling is None else sampling,
+            seed=None,
             beams=BeamOptions(),
             num_return_sequences=num_return_sequences,
             return_log_probs=return_log_probs,
@@ -297,7 +301,7 @@ class Engine:
             number=next(self._numbers),
             prompt=ids,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=job.sampling[0],
             stop_tokens=job.stop.tokens,
             priority=check_priority(priority),
             log_probs=return_log_probs,
@@ -356,10 +360,11 @@ class Engine:
         given = 0
         try:
             while True:
+                finished = request.finished  # looked at first: a step in a thread may end it now
                 while given < len(request.events):
                     given += 1
                     yield request.events[given - 1]
-                if request.finished:
+                if finished:
                     break
                 await self._step_in_thread()
         finally:
@@ -372,5 +377,11 @@ class Engine:
         loop = asyncio.get_running_loop()
         task = self._steps.get(loop)
         if task is None or task.done():
+
+            def forget(done: asyncio.Task[bool]) -> None:
+                if self._steps.get(loop) is done:
+                    del self._steps[loop]
+
             task = self._steps[loop] = loop.create_task(asyncio.to_thread(self.step))
+            task.add_done_callback(forget)
         await asyncio.shield(task)  # one of those who wait may be cancelled

@@ -80,7 +80,7 @@ class EngineLoop:
         """Reads a token of each text that is being written, then some of the prompts."""
         with torch.no_grad(), self._on_its_device():
             self._decode()
-            self.scheduler.admit()
+            self._admit()
             self._peak = max(self._peak, self._page_use())
             self._prefill()
 
@@ -101,6 +101,16 @@ class EngineLoop:
             except OutOfPages:
                 self.scheduler.preempt(self.scheduler.least_urgent())
         return []
+
+    def _admit(self) -> None:
+        """Lets waiting texts run, the most urgent first, until one finds no room."""
+        while self.scheduler.waiting:
+            text = self.scheduler.waiting[0]
+            try:
+                if not self.scheduler.admit(text):
+                    return
+            except Exception as error:  # such as a launch that was to clear its pages
+                self.end(text.request, "error", error)
 
     def _prefill(self) -> None:
         chunks = self.scheduler.chunks()
@@ -127,9 +137,8 @@ class EngineLoop:
                 if text.sequence is not None:
                     self.end(text.request, "error", error)
         except BaseException:  # such as Ctrl-C: nobody knows what their pages hold
-            for text in texts:
-                if text.sequence is not None:
-                    self.scheduler.preempt(text)
+            for request in {text.request: None for text in texts}:  # and so of their forks
+                self.scheduler.restart(request)
             raise
 
     def _take(self, texts: list[Text], scores: Tensor) -> None:
@@ -137,7 +146,6 @@ class EngineLoop:
         read: list[Text] = []
         rows: list[int] = []
         for row, text in enumerate(texts):
-            self._remember(text)
             if self.scheduler.unread(text):
                 continue
             born = self._fork(text)
@@ -151,6 +159,8 @@ class EngineLoop:
         now = monotonic()
         for text, (token, log_prob) in zip(read, chosen, strict=True):
             if text.finish_reason is None:  # its request may have ended with the text before
+                if token >= 0:  # the device has done all that was asked, and the scores are finite
+                    self._remember(text)
                 self._deliver(text, token, log_prob, now)
 
     def _fork(self, text: Text) -> list[Text]:

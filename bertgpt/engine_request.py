@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -74,6 +74,7 @@ class Request:
     """A prompt that an engine continues.
 
     Iterating over it runs the engine until it is finished and gives each new token as it comes.
+    Leaving such a loop early cancels it.
 
     Attributes:
         engine: Where it was submitted.
@@ -156,15 +157,22 @@ class Request:
         return [text.new_tokens for text in self.texts]
 
     def __iter__(self) -> Iterator[NewToken]:
-        """New tokens of all its texts as they come; raises what ended it, if that was an error."""
+        """New tokens of all its texts as they come; raises what ended it, if that was an error.
+
+        An iterator that is closed or dropped early cancels the request.
+        """
         given = 0
-        while True:
-            while given < len(self.events):
-                given += 1
-                yield self.events[given - 1]
-            if self.finished:
-                break
-            self.engine.step()
+        try:
+            while True:
+                finished = self.finished  # looked at first: another thread's step may end it now
+                while given < len(self.events):
+                    given += 1
+                    yield self.events[given - 1]
+                if finished:
+                    break
+                self.engine.step()
+        finally:
+            self.cancel()
         if self.error is not None:
             raise self.error
 
@@ -182,6 +190,6 @@ def check_deadline(deadline: float | None) -> float | None:
         return None
     if not isinstance(deadline, int | float) or isinstance(deadline, bool):
         raise TypeError(f"deadline must be a number of seconds, not {deadline!r}")
-    if not 0 < deadline < math.inf:
+    if not 0 < deadline <= sys.float_info.max:
         raise ValueError(f"deadline must be a finite number of seconds from now, not {deadline}")
     return float(deadline)

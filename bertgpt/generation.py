@@ -213,7 +213,6 @@ class GenerationMixin(PreTrainedModel):
             ValueError: as in `generate`.
             IndexError: as in `generate`.
         """
-        sampling = sampling or SamplingOptions()
         job = make_job(
             self,
             prompts,
@@ -223,8 +222,8 @@ class GenerationMixin(PreTrainedModel):
             pad_token_id=None,
             stop_strings=stop_strings,
             tokenizer=tokenizer,
-            sampling=sampling,
-            seed=sampling.seed if seed is None else seed,
+            sampling=SamplingOptions() if sampling is None else sampling,
+            seed=seed,
             beams=BeamOptions(),
             num_return_sequences=num_return_sequences,
             return_log_probs=return_log_probs,
@@ -273,7 +272,7 @@ def _decode(model: GenerationMixin, job: Job) -> Iterator[NewToken]:
         ops.raise_pending()  # the host has just waited for the device
         if min(chosen) < 0:
             bad = texts[chosen.index(min(chosen))].index
-            raise ValueError(f"text {bad} has scores that hold NaN or +inf: none can be drawn")
+            raise ValueError(f"text {bad} has scores that hold NaN or +inf: no token follows")
         going = []
         for i, (text, token) in enumerate(zip(texts, chosen, strict=True)):
             reason = text.add(token)
@@ -330,4 +329,4 @@ def _join(prompts: Sequence[Sequence[int]] | Tensor, added: list[list[int]], job
     width = max(map(len, added), default=0)
     rows = [new + [fill] * (width - len(new)) for new in added]
     tail = torch.tensor(rows, dtype=prompts.dtype, device=prompts.device)
-    return torch.cat([prompts.repeat_interleave(n, dim=0), tail.view(-1, width)], dim=1)
+    return torch.cat([prompts.repeat_interleave(n, dim=0), tail.view(len(added), width)], dim=1)

@@ -60,7 +60,7 @@ class BeamOptions:
     Attributes:
         num_beams: texts that are followed at once; 1 is no beam search.
         length_penalty: a text's score is its log-probability divided by (its number of tokens) to
-            this power.
+            this power, from −32 to 32.
         early_stopping: True ends a search when `num_beams` texts have ended; False when none that
             goes on could beat them at its present length; "never" when none could at any length.
     """
@@ -74,8 +74,8 @@ class BeamOptions:
         penalty, early = self.length_penalty, self.early_stopping
         if not isinstance(penalty, int | float) or isinstance(penalty, bool):
             raise TypeError(f"length_penalty must be a number, not {penalty!r}")
-        if not abs(penalty) < float("inf"):
-            raise ValueError(f"length_penalty must be finite, not {penalty}")
+        if not abs(penalty) <= 32:  # so that no score overflows
+            raise ValueError(f"length_penalty must lie in -32 … 32, not {penalty}")
         if not isinstance(early, bool) and early != "never":
             raise ValueError(f'early_stopping must be True, False or "never", not {early!r}')
         if self.num_beams == 1 and (penalty != 1.0 or early is not False):
@@ -150,6 +150,8 @@ def make_job(
     return_log_probs: bool,
 ) -> Job:
     """Checks the arguments of `GenerationMixin.generate`, which are described there."""
+    if not isinstance(sampling, SamplingOptions):
+        raise TypeError(f"sampling must be SamplingOptions, not {sampling!r}")
     tokens = _stop_tokens(eos_token_id, model.config)
     strings: tuple[str, ...] = ()
     if stop_strings is not None:
@@ -158,6 +160,8 @@ def make_job(
         pad_token_id = model.config.pad_token_id
     elif not is_int(pad_token_id):
         raise TypeError(f"pad_token_id must be a token id, not {pad_token_id!r}")
+    elif not 0 <= pad_token_id < 2**63:
+        raise ValueError(f"pad_token_id must lie in 0 … 2**63 - 1, not {pad_token_id}")
     _check_count("num_return_sequences", num_return_sequences)
     _check_together(sampling, beams, num_return_sequences)
     if not isinstance(return_log_probs, bool):
@@ -172,7 +176,7 @@ def make_job(
     enter(model.transformer.limits, batch)
     if beams.num_beams > 1 and model.config.vocab_size < max(2, 1 + len(tokens)):
         raise ValueError(f"a vocabulary of {model.config.vocab_size} is too small for beam search")
-    seeds = _seeds(seed, len(batch))
+    seeds = _seeds(sampling.seed if seed is None else seed, len(batch), sampling.do_sample)
     return Job(
         batch=batch,
         limits=limits,
@@ -256,8 +260,10 @@ def _check_room(batch: PackedBatch, limits: list[int], positions: int) -> None:
             )
 
 
-def _seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
-    """A seed for each prompt."""
+def _seeds(seed: int | Sequence[int] | None, prompts: int, do_sample: bool) -> Sequence[int | None]:
+    """A seed for each prompt; without one given, those that draw get their own."""
+    if seed is None and not do_sample:
+        return [None] * prompts
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (prompts,)).tolist()
     if not isinstance(seed, Sequence) or isinstance(seed, str):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from bertgpt.page_pool import PagePool
@@ -80,6 +81,7 @@ class PageAllocator:
         self.prefixes = prefixes
         self._copy = copy
         self._clear = clear
+        self._unclean: list[int] = []  # free pages that could not be cleared, to be tried again
         self._entries: dict[int, Entry] = {}
         self._next_sequence = 0
 
@@ -116,7 +118,11 @@ class PageAllocator:
         self.pool.share(pages)
         entry = Entry(pages, length=len(pages) * self.page_size, remembered=len(pages))
         entry.prefix = found[-1] if found else None
-        entry.pages += self._take(missing)
+        try:
+            entry.pages += self._take(missing)
+        except BaseException:
+            self._retire(self.pool.release(pages))
+            raise
         return self._enter(entry)
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> list[int]:
@@ -128,8 +134,8 @@ class PageAllocator:
         fresh = self._take(needed)
         try:
             self._copy([entry.pages[i] for entry, i in shared], fresh[: len(shared)])
-        except RuntimeError:  # such as no memory on the device
-            self._clear(self.pool.release(fresh))
+        except BaseException:  # such as no memory on the device, or Ctrl-C
+            self._retire(self.pool.release(fresh))
             raise
         for (entry, i), page in zip(shared, fresh, strict=False):
             self.pool.release([entry.pages[i]])
@@ -160,7 +166,7 @@ class PageAllocator:
         """Ends a sequence."""
         entry = self.entry(sequence)
         del self._entries[sequence]
-        self._clear(self.pool.release(entry.pages))
+        self._retire(self.pool.release(entry.pages))
 
     def remember(self, sequence: int, tokens: Sequence[int]) -> None:
         """Makes a sequence's full pages known by its tokens."""
@@ -184,7 +190,7 @@ class PageAllocator:
             if entry.prefix.page == page:
                 self.pool.keep(page)
             for other in displaced:
-                self._clear(self.pool.drop(other))
+                self._retire(self.pool.drop(other))
 
     def entry(self, sequence: int) -> Entry:
         """A sequence's entry, for reading."""
@@ -248,8 +254,23 @@ class PageAllocator:
         pages, evicted = self.pool.take(count)
         if self.prefixes is not None:
             self.prefixes.forget(evicted)
-        self._clear(evicted)
+        self._unclean += evicted
+        try:
+            self._clean()
+        except BaseException:
+            self.pool.release(pages)
+            raise
         return pages
+
+    def _retire(self, pages: list[int]) -> None:
+        """Clears pages that nobody holds. If that fails, it is done when pages are next taken."""
+        self._unclean += pages
+        with suppress(RuntimeError):  # such as a launch that failed
+            self._clean()
+
+    def _clean(self) -> None:
+        self._clear(self._unclean)
+        self._unclean = []
 
 
 def is_int(value: object) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bertgpt import ops
+from bertgpt.kv_cache import staged
 from bertgpt.packing import PackedBatch
 
 
@@ -31,7 +32,8 @@ class SamplingOptions:
         min_p: Keep tokens at least this times as likely as the likeliest, in [0, 1].
         repetition_penalty: Above 1, tokens of the prompt and of the text so far become less likely:
             a positive score is divided by it, a negative one multiplied. Also without `do_sample`.
-        seed: 64 bits that the draws come from.
+        seed: 64 bits that the draws come from; None draws them from torch's default generator, anew
+            for each prompt.
 
     Raises:
         TypeError: An option is of the wrong type.
@@ -47,7 +49,7 @@ class SamplingOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
@@ -60,6 +62,8 @@ class SamplingOptions:
                 raise ValueError(f"{name} must {wanted}, not {value}")
         for name, (least, most) in _INTEGERS.items():
             number = getattr(self, name)
+            if name == "seed" and number is None:
+                continue
             if not isinstance(number, int) or isinstance(number, bool):
                 raise TypeError(f"{name} must be an integer, not {number!r}")
             if not least <= number <= most:
@@ -69,7 +73,7 @@ class SamplingOptions:
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name}={getattr(self, name)} goes with do_sample=True")
 
-    def with_seed(self, seed: int) -> SamplingOptions:
+    def with_seed(self, seed: int | None) -> SamplingOptions:
         """The same options under another seed."""
         return replace(self, seed=seed)
 
@@ -117,25 +121,31 @@ class SamplingRows:
         sequences: Sequence[int],
         device: torch.device | str = "cpu",
     ) -> SamplingRows:
-        """The rows' options and their sequences, as tensors; two copies to the device."""
+        """The rows' options and their sequences, as tensors; two copies to the device.
+
+        Rows that draw have a seed. The host waits for neither copy.
+        """
+        device = torch.device(device)
         temperature = [o.temperature if o.do_sample else 0.0 for o in options]
-        reals = torch.tensor(
+        reals = staged(
             [
                 temperature,
                 [max(o.top_p, 2.0**-40) for o in options],  # smaller ones may be 0 in float32
                 [o.min_p for o in options],
                 [o.repetition_penalty for o in options],
             ],
-            dtype=torch.float32,
-        ).to(device)
-        words = torch.tensor(
+            torch.float32,
+            device,
+        ).to(device, non_blocking=True)
+        words = staged(
             [
                 [o.top_k for o in options],
-                [(o.seed + 2**63) % 2**64 - 2**63 for o in options],  # the same 64 bits, signed
+                [((o.seed or 0) + 2**63) % 2**64 - 2**63 for o in options],  # 64 bits, signed
                 list(sequences),
             ],
-            dtype=torch.int64,
-        ).to(device)
+            torch.int64,
+            device,
+        ).to(device, non_blocking=True)
         return cls(
             temperature=reals[0],
             top_k=words[0],
@@ -170,7 +180,7 @@ def choose(
             repetition penalty.
 
     Returns:
-        int64 [B]; on a GPU −1 for a row that holds NaN or +inf, where a row draws.
+        int64 [B]; −1 for a row that holds NaN, +inf or nothing but −inf.
 
     Raises:
         ValueError: On a CPU, a row holds NaN or +inf and some row draws.
@@ -179,7 +189,8 @@ def choose(
         assert seen is not None
         logits = penalise(logits, seen, rows.repetition_penalty)
     if not rows.draws:
-        return logits.argmax(dim=-1)
+        best, tokens = logits.max(dim=-1)
+        return tokens.masked_fill(~best.isfinite(), -1)
     return ops.sample(
         logits,
         temperature=rows.temperature,
@@ -196,10 +207,13 @@ def penalise(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Scores [B, V] (float32 for half types) with those of tokens seen made worse by `penalty` [B].
 
     Logits and log-probabilities alike: what is positive is divided, what is negative multiplied.
+    Finite scores stay finite, and others what they are.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     factor = penalty.to(scores.dtype)[:, None]
-    return torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
+    most = torch.finfo(scores.dtype).max
+    worse = torch.where(scores < 0, scores * factor, scores / factor).clamp(-most, most)
+    return torch.where(seen & scores.isfinite(), worse, scores)
 
 
 def seen_tokens(batch: PackedBatch, vocabulary: int) -> Tensor:

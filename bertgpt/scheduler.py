@@ -11,7 +11,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
 
-from bertgpt.engine_request import Text
+from bertgpt.engine_request import Request, Text
 from bertgpt.kv_cache import PagedKVCache
 
 
@@ -73,21 +73,20 @@ class Scheduler:
         assert text.sequence is not None
         return len(text.tokens) - self.cache.length(text.sequence)
 
-    def admit(self) -> None:
-        """Lets waiting texts run, the most urgent first, until one finds no room.
+    def admit(self, text: Text) -> bool:
+        """Lets a waiting text run, if there is room; whether there was.
 
         It may take the place of texts of lower priority, if there are enough of them.
         """
-        while self.waiting:
-            text = self.waiting[0]
-            if not self._make_room(text):
-                return
-            self.waiting.pop(0)
-            text.sequence = self.cache.allocate(_room(text), text.tokens)
-            found = self.cache.length(text.sequence)
-            self.reused_tokens += found
-            text.remembered = found // self.cache.page_size
-            self.running.append(text)
+        if not self._make_room(text):
+            return False
+        text.sequence = self.cache.allocate(_room(text), text.tokens)
+        self.waiting.remove(text)
+        self.running.append(text)
+        found = self.cache.length(text.sequence)
+        self.reused_tokens += found
+        text.remembered = found // self.cache.page_size
+        return True
 
     def decoding(self) -> list[Text]:
         """Running texts with a single token to read, the same ones always in the same order."""
@@ -111,9 +110,17 @@ class Scheduler:
     def preempt(self, text: Text) -> None:
         """Takes a running text's pages away; it waits, and is read anew later."""
         self.running.remove(text)
-        self._free(text)
         self.add(text)
         self.preemptions += 1
+        self._free(text)
+
+    def restart(self, request: Request) -> None:
+        """Lets all unfinished texts of a request that has begun wait, wherever they are."""
+        for text in request.texts if request.forked else request.texts[:1]:
+            if text in self.running:
+                self.preempt(text)
+            elif text.finish_reason is None and text not in self.waiting:
+                self.add(text)
 
     def least_urgent(self) -> Text:
         """The running text that is served last."""
@@ -153,5 +160,5 @@ class Scheduler:
 
     def _free(self, text: Text) -> None:
         assert text.sequence is not None
-        self.cache.free(text.sequence)
-        text.sequence, text.remembered = None, 0
+        sequence, text.sequence, text.remembered = text.sequence, None, 0
+        self.cache.free(sequence)

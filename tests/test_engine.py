@@ -125,10 +125,11 @@ def test_requests_join_while_others_are_written():
 def test_iterating_gives_tokens_as_they_come():
     engine = small_engine()
     request = engine.submit([5, 6], 5, eos_token_id=(), return_log_probs=True)
-    new = next(iter(request))
+    tokens = iter(request)
+    new = next(tokens)
     assert len(request.events) == 1
     assert (new.text, new.finish_reason) == (0, None)
-    events = list(request)
+    events = [new, *tokens]
     assert [event.token for event in events] == alone(request)[0]
     assert events[-1].finish_reason == "length"
     logits = engine.model(torch.tensor([[5, 6]])).logits[0, -1]
@@ -404,6 +405,7 @@ class Bytes:
         (TypeError, r"priority must be an int, not 1\.5", {"priority": 1.5}),
         (TypeError, "deadline must be a number", {"deadline": "soon"}),
         (ValueError, "deadline must be a finite number", {"deadline": 0}),
+        (ValueError, "deadline must be a finite number", {"deadline": 10**400}),
         (ValueError, "deadline must be a finite number", {"deadline": float("nan")}),
     ],
 )  # fmt: skip

@@ -180,9 +180,16 @@ def test_max_length_counts_the_prompt():
         ),
         (
             ValueError,
-            "length_penalty must be finite",
+            "length_penalty must lie in",
             {"prompts": [[3]], "num_beams": 2, "length_penalty": float("inf")},
         ),
+        (
+            ValueError,
+            "length_penalty must lie in",
+            {"prompts": [[3]], "num_beams": 2, "length_penalty": -400.0},
+        ),
+        (ValueError, "pad_token_id must lie in", {"prompts": [[3]], "pad_token_id": -5}),
+        (ValueError, "pad_token_id must lie in", {"prompts": [[3]], "pad_token_id": 10**30}),
         (TypeError, "need a tokenizer", {"prompts": [[3]], "stop_strings": "a"}),
         (
             ValueError,
@@ -201,3 +208,26 @@ def test_bad_input_is_named(error, message, call):
     model = gpt.GPT2LMHeadModel(gpt.GPT2Config(**GPT2)).eval()
     with pytest.raises(error, match=message):
         model.generate(**{"max_new_tokens": 2, **call})
+
+
+def test_a_wrong_sampling_is_named():
+    model = gpt.GPT2LMHeadModel(gpt.GPT2Config(**GPT2)).eval()
+    for sampling in ({"do_sample": True}, "x", {}):
+        with pytest.raises(TypeError, match="sampling must be SamplingOptions, not"):
+            model.stream([[3]], 2, sampling=sampling)
+
+
+def test_no_prompts_give_no_texts():
+    model = gpt.GPT2LMHeadModel(gpt.GPT2Config(**GPT2)).eval()
+    nothing = torch.zeros(0, 4, dtype=torch.int64)
+    assert model.generate(nothing, 3).shape == (0, 4)
+    assert model.generate(nothing, 3, num_beams=2).shape == (0, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_scores_that_are_no_numbers_are_named(options):
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    with torch.no_grad():
+        model.transformer.final_norm.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="hold NaN"):
+        model.generate([[5], [6]], 3, **options)

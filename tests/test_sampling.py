@@ -255,3 +255,37 @@ def test_a_seed_is_drawn_from_torchs_generator_where_none_is_given():
     torch.manual_seed(4)
     assert model.generate([[5], [5]], 12, do_sample=True, eos_token_id=()) == first
     assert first[0] != first[1]
+
+
+def test_a_repetition_penalty_keeps_scores_finite():
+    scores = torch.tensor([[50.0, -50.0, 1.0, -torch.inf, torch.nan, torch.inf]])
+    seen = torch.ones_like(scores, dtype=torch.bool)
+    most = torch.finfo(torch.float32).max
+    tiny = penalise(scores, seen, torch.tensor([2.0**-126]))[0]
+    assert tiny[:2].tolist() == [most, -50.0 * 2.0**-126]
+    huge = penalise(scores, seen, torch.tensor([most]))[0]
+    assert huge[1] == -most
+    for worse in (tiny, huge):
+        assert worse[4].isnan()
+        assert (worse[3], worse[5]) == (-torch.inf, torch.inf)
+
+
+def test_a_stream_without_a_seed_draws_its_own():
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    sampling = SamplingOptions(do_sample=True)
+
+    def text():
+        return [new.token for new in model.stream([[5]], 12, sampling=sampling, eos_token_id=())]
+
+    torch.manual_seed(4)
+    first, second = text(), text()
+    torch.manual_seed(4)
+    assert first != second
+    assert text() == first
+
+
+def test_greedy_texts_draw_no_seed():
+    model, _ = twins(gpt, "GPT2LMHeadModel", GPT2)
+    before = torch.get_rng_state()
+    model.generate([[5]], 3)
+    assert torch.get_rng_state().equal(before)
