@@ -143,7 +143,8 @@ class GenerationMixin(PreTrainedModel):
         Raises:
             TypeError: an argument of the wrong type, such as a stop token that is no integer.
             ValueError: an empty prompt, a limit below 1, more tokens than the position table holds,
-                an option out of its range or beside one that it excludes.
+                an option out of its range or beside one that it excludes; or scores that hold NaN
+                or +inf.
             IndexError: a token, or a stop token, outside the vocabulary.
         """
         job = make_job(
