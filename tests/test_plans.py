@@ -140,6 +140,21 @@ def test_numbers_and_tensors_of_settings_draw_the_same():
     assert_bitwise(other, ops.sample(logits, **{**numbers, "seed": 4}))
 
 
+def test_a_step_by_number_leaves_no_plan():
+    logits, rows = randn(4, 50), torch.zeros(4, dtype=torch.int64)
+    for step in range(3):
+        ops.sample(logits, seed=3, sequence_ids=rows, steps=step, backend="cuda")
+    assert not OPS["sample"].plans._plans
+
+
+def test_bounds_of_a_window_are_told_apart_by_type():
+    batch = paged_batch((5, 9), head_dim=64)
+    ops.paged_attention(*batch.args, window=(1, -1), backend="cuda")
+    for odd in ((True, -1), (1.0, -1)):
+        with pytest.raises(TypeError, match="window bounds must be integers"):
+            ops.paged_attention(*batch.args, window=odd, backend="cuda")
+
+
 def test_plans_stay_few(monkeypatch):
     monkeypatch.setattr(_plans, "_MOST", 3)
     for rows in range(1, 9):

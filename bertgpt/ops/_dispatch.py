@@ -119,7 +119,7 @@ class Op:
             tensors = self.plans.tensors(values)
             if not watched(tensors) and _is_plain(tensors):
                 make = self.plans.make_of(values)
-                known = self.plans.find(make, values)
+                known = None if make is None else self.plans.find(make, values)
                 if known is not None:
                     return self._execute(known, "cuda")
         placed = len(values) - len(self.named)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-_MOST = 4096  # plans of an op: a server's shapes, some 10 MB
+_MOST = 4096  # plans of an op: a server's shapes, and some megabytes
 _ALIGNMENT = 16  # what launchers ask of addresses
 
 
@@ -41,28 +41,26 @@ class Plans:
         self.tensors = itemgetter(*(self._place[name] for name in tensors))
         self._others = itemgetter(*(i for n, i in self._place.items() if n not in tensors))
 
-    def make_of(self, values: tuple[Any, ...]) -> Hashable:
+    def make_of(self, values: tuple[Any, ...]) -> Hashable | None:
         """All that checks and refusals may look at in values without autograd and autocast.
 
         Types come along, since True is 1 to a dictionary and not to a check. Strides of contiguous
-        tensors do not: a dimension of size 1 may have any, and nothing looks at it.
+        tensors do not: a dimension of size 1 may have any, and nothing looks at it. None where an
+        integer stands for a tensor: a step's is another one in each call.
         """
-        return (
-            *map(type, values),
-            self._others(values),
-            *[
-                (
-                    t.shape,
-                    t.is_contiguous() or t.stride(),
-                    t.dtype,
-                    t.device,
-                    t.data_ptr() % _ALIGNMENT,
-                )
-                if isinstance(t, Tensor)
-                else t
-                for t in self.tensors(values)
-            ],
-        )
+        kinds = tuple(map(type, values))
+        if tuple in kinds:  # of window's bounds too
+            kinds += tuple(type(part) for v in values if type(v) is tuple for part in v)
+        made: list[Any] = [kinds, self._others(values)]
+        for t in self.tensors(values):
+            if isinstance(t, Tensor):
+                strides = t.is_contiguous() or t.stride()
+                made.append((t.shape, strides, t.dtype, t.device, t.data_ptr() % _ALIGNMENT))
+            elif isinstance(t, int):
+                return None
+            else:
+                made.append(t)
+        return tuple(made)
 
     def find(self, make: Hashable, values: tuple[Any, ...]) -> dict[str, Any] | None:
         """The settled call for these values, where one of their make is known."""
