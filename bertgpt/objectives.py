@@ -108,7 +108,7 @@ def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
         single = "single_label_classification" if integers else "multi_label_classification"
         problem = "regression" if config.num_labels == 1 else single
     if problem == "regression":
-        if labels.numel() != logits.numel():
+        if labels.squeeze().shape != logits.squeeze().shape:
             raise ValueError(
                 f"labels must have shape {list(logits.shape)}, not {list(labels.shape)}"
             )

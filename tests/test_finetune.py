@@ -1,6 +1,7 @@
 """Fine-tuning: every task learns, stock loads its folder, and predictions are as they should be."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -10,12 +11,12 @@ import transformers
 from finetune_data import PLACES, tiny_bert, write, write_topics
 from models import padded
 
-from bertgpt import cli
+from bertgpt import BertModel, cli
 from bertgpt.recipes.classify import Classifier
-from bertgpt.recipes.datasets import Question, Sentence, Text
-from bertgpt.recipes.finetune import RECIPES, Predictor, new_recipe
+from bertgpt.recipes.datasets import Sentence, Text
+from bertgpt.recipes.finetune import RECIPES, Predictor, finetune, new_recipe
 from bertgpt.recipes.inputs import Item
-from bertgpt.recipes.qa import _target
+from bertgpt.recipes.settings import Settings
 
 pytest.importorskip("accelerate")
 
@@ -151,90 +152,6 @@ def test_a_long_sentence_is_tagged_in_windows(bert):
     assert len(recipe.predict([sentence])[0]) == 60
 
 
-def _question(context, answer):
-    return Question("1", "where ?", context, ((answer, context.index(answer)),), "", "x")
-
-
-def test_an_answer_is_found_in_the_windows_that_hold_it_and_nowhere_else(bert):
-    context = " ".join(["they"] * 40 + ["new york"] + ["said"] * 40)
-    question = _question(context, "new york")
-    recipe = new_recipe("qa", bert, [question], 24)
-    items = recipe.encode([question])
-    assert len(items) > 3
-    held = 0
-    for item in items:
-        first, last = item.target
-        if (first, last) == (0, 0):
-            continue
-        held += 1
-        assert context[item.places[first][0] : item.places[last][1]] == "new york"
-    assert 1 <= held < len(items)
-    seen = {place for item in items for place in item.places if place is not None}
-    assert len(seen) == 82  # no word of the context is left out
-
-
-def test_the_best_span_of_all_windows_wins(bert, monkeypatch):
-    context = " ".join(["they"] * 40 + ["new york"] + ["said"] * 40)
-    recipe = new_recipe("qa", bert, [_question(context, "new york")], 24)
-    new, york, they = (recipe.tokenizer.token_to_id(word) for word in ("new", "york", "they"))
-
-    def forward(tokens):
-        ids = tokens.values
-
-        class Output:
-            # the question's tokens and an end before the start score higher, and may not win
-            start_logits = torch.where(ids == new, 8.0, torch.where(ids == 7, 9.0, 0.0))
-            end_logits = torch.where(ids == york, 8.0, torch.where(ids == 7, 9.0, 0.0))
-            end_logits = torch.where(ids == they, 8.5, end_logits)
-
-        return Output
-
-    monkeypatch.setattr(recipe, "_forward", forward)
-    (found,) = recipe.predict([_question(context, "new york")])
-    assert (found.text, found.start) == ("new york", context.index("new york"))
-    assert 0 < found.score < 0.1  # the question's token takes most of the probability
-
-
-@pytest.mark.parametrize(
-    ("places", "target"),
-    [
-        ([None, (0, 3), (4, 8), (9, 11)], (1, 2)),
-        ([None, (0, 2), (2, 10)], (1, 2)),  # an answer may end inside a token
-        ([None, (0, 3)], (0, 0)),
-        ([None, (4, 8), (9, 11)], (0, 0)),
-        ([None, (9, 11)], (0, 0)),
-    ],
-)
-def test_a_window_holds_all_of_an_answer_or_nothing(places, target):
-    assert _target(places, "new york", 0) == target
-
-
-def test_answers_have_a_longest(bert, monkeypatch):
-    context = " ".join(["new", *["they"] * 35, "york"])
-    question = _question(context, "new")
-    recipe = new_recipe("qa", bert, [question], 64)
-    new, york = (recipe.tokenizer.token_to_id(word) for word in ("new", "york"))
-
-    def forward(tokens):
-        class Output:
-            start_logits = torch.where(tokens.values == new, 8.0, 0.0)
-            end_logits = torch.where(tokens.values == york, 8.0, 0.0)
-
-        return Output
-
-    monkeypatch.setattr(recipe, "_forward", forward)
-    (found,) = recipe.predict([question])
-    assert len(found.text.split()) <= 30
-
-
-def test_a_long_question_leaves_room_for_the_text(bert):
-    question = Question("1", "where " * 60, "they saw london", (("london", 9),), "", "x")
-    recipe = new_recipe("qa", bert, [question], 24)
-    (item,) = recipe.encode([question])
-    assert len(item.ids) <= 24
-    assert item.target != (0, 0)
-
-
 def test_further_training_keeps_the_classes_and_refuses_others(tuned, tmp_path):
     task, _, folder = tuned
     if task != "classify":
@@ -261,6 +178,89 @@ def test_lengths_that_the_model_cannot_have_are_refused(bert, length):
     examples = [Text("x", None, label, "f:1") for label in "ab"]
     with pytest.raises(ValueError, match="max_length must lie between 16 and the model's 64"):
         new_recipe("classify", bert, examples, length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_checkpoint_is_trained_in_float32(bert, tmp_path, dtype):
+    half = shutil.copytree(bert, tmp_path / "half")
+    BertModel.from_pretrained(bert, dtype=dtype).save_pretrained(half)
+    examples = [Text("x", None, label, "f:1") for label in "ab"]
+    model = new_recipe("classify", half, examples, 48).model
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def stock_head(bert, folder, name, **config):
+    """A folder whose head's classes nobody named."""
+    shutil.copytree(bert, folder)
+    kind = getattr(transformers, name)
+    kind(transformers.BertConfig.from_pretrained(bert, **config)).save_pretrained(folder)
+    return folder
+
+
+def test_classes_without_names_get_the_examples(bert, tmp_path):
+    examples = [Text("x", None, label, "f:1") for label in "ba"]
+    two = stock_head(bert, tmp_path / "two", "BertForSequenceClassification")
+    assert "id2label" not in json.loads((two / "config.json").read_text())
+    recipe = new_recipe("classify", two, examples, 48)
+    assert [item.target for item in recipe.encode(examples)] == [1, 0]
+    assert recipe.predict(examples)[0].label in ("a", "b")
+    numbered = [Text("x", None, f"LABEL_{i}", "f:1") for i in (1, 0)]
+    recipe = new_recipe("classify", two, numbered, 48)
+    assert [item.target for item in recipe.encode(numbered)] == [1, 0]
+    sentence = Sentence(("x", "y"), ("B-p", "O"), "f:1")
+    tagger = stock_head(bert, tmp_path / "tags", "BertForTokenClassification")
+    (item,) = new_recipe("tag", tagger, [sentence], 48).encode([sentence])
+    assert item.target == [-100, 1, 0, -100]
+    three = stock_head(bert, tmp_path / "three", "BertForSequenceClassification", num_labels=3)
+    with pytest.raises(ValueError, match=r"3 classes without names, the data has 2 \(a, b\)"):
+        new_recipe("classify", three, examples, 48)
+
+
+def test_what_is_shown_is_what_the_threshold_compares(bert, monkeypatch):
+    examples = [Text("goal", None, "a", "x:1"), Text("bank", None, "b", "x:2")]
+    recipe = new_recipe("classify", bert, examples, 48)
+
+    class Output:
+        logits = torch.tensor([[math.log(9 - 1e-4), 0.0]] * 2)  # a confidence a little under 0.9
+
+    monkeypatch.setattr(recipe, "_forward", lambda tokens: Output)
+    verdict = recipe.predict(examples)[0]
+    assert recipe.describe(examples[0], verdict)["confidence"] == verdict.confidence == 0.9
+    assert recipe.hand_on(examples, 0.9).kept == 2
+
+
+def test_a_run_cut_short_after_training_leaves_a_folder_that_predicts(bert, tmp_path, monkeypatch):
+    data, output = write_topics(tmp_path / "topics.csv"), tmp_path / "model"
+    evaluate, calls = Classifier.evaluate, []
+
+    def second_fails(self, examples):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(self, examples)
+
+    settings = Settings(output, max_steps=4, checkpoint_every=3, cpu=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "evaluate", second_fails)
+        with pytest.raises(KeyboardInterrupt):
+            finetune("classify", bert, data, settings)
+    assert facts_of(output)["after"] == {}
+    assert len(list(Predictor.from_folder(output).predict(data))) == 100
+    with pytest.raises(ValueError, match="was made with digest of the examples"):
+        finetune("classify", bert, data, settings, max_length=16, resume=True)
+    _, report, _ = finetune("classify", bert, data, settings, resume=True)
+    assert facts_of(output)["after"] == report.after != {}
+    assert not (output / "training.safetensors").exists()
+
+
+def test_a_threshold_of_another_task_is_refused(tuned, run):
+    task, data, folder = tuned
+    code, _, err = run("predict", folder, data, "--threshold", "0.5")
+    if task in ("classify", "pair"):
+        assert code == 0
+    else:
+        assert code == 2
+        assert "only classes are handed on" in err
 
 
 def test_a_new_head_depends_on_the_seed_alone(bert):

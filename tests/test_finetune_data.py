@@ -1,5 +1,6 @@
 """Readers of labelled data name what is wrong and where; splits keep equal texts together."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def test_a_table_with_quotes_and_line_ends_inside(tmp_path):
     first, second = read_texts(file)
     assert (first.text, first.label, first.where) == ('a, "b"\nc', "x", f"{file}:2")
     assert (second.text, second.label, second.where) == ("d", "y", f"{file}:5")
+
+
+def test_a_text_may_be_long(tmp_path):
+    limit = csv.field_size_limit()
+    (found,) = read_texts(written(tmp_path, "a.csv", f"text,label\n{'word ' * 40_000},x\n"))
+    assert len(found.text) == 200_000
+    assert csv.field_size_limit() == limit
 
 
 def test_quotes_mean_nothing_between_tabs(tmp_path):
@@ -66,6 +74,8 @@ TEXT_ERRORS = {
     "quote": ("a.csv", 'text,label\na,b\n"c,d\n', ValueError, "a.csv:3: unexpected end"),
     "text": ("a.csv", "text,label\n ,b\n", ValueError, "a.csv:2: column 'text' is empty"),
     "label": ("a.csv", "text,label\na,\n", ValueError, "a.csv:2: column 'label' must name a class"),
+    "twice": ("a.csv", "text,text,label\na,b,c\n", ValueError, "a.csv:1: column 'text' comes twi"),
+    "digits": ("a.jsonl", '{"n": ' + "1" * 5000 + "}\n", ValueError, "a.jsonl:1: not valid JSON"),
     "json": ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', ValueError, "a.jsonl:2: not valid"),
     "object": ("a.jsonl", "[1]\n", ValueError, "a.jsonl:1: must be a JSON object"),
     "kind": ("a.jsonl", '{"text": 3, "label": 1}\n', ValueError, "a.jsonl:1: column 'text' must"),
@@ -103,6 +113,7 @@ def test_sentences_of_tabs_or_spaces(tmp_path):
     [
         ("a O\nb\n", "a.txt:2: the word 'b' has no tag"),
         ("a\tO\nb\t\n", "a.txt:2: the word 'b' has no tag"),
+        ("a\tO\n\tO\n", "a.txt:2: the line has no word"),
         ("a O\nb X-geo\n", "a.txt:2: unknown tag 'X-geo'"),
         ("a O\nb B-\n", "a.txt:2: unknown tag 'B-'"),
         ("", "a.txt is empty"),
@@ -138,6 +149,7 @@ def test_questions_and_the_nearest_occurrence(tmp_path):
     [
         ("", "a.json is empty"),
         ('{"data":\n[', "a.json:2: not valid JSON"),
+        ('{"data": ' + "1" * 5000 + "}", "a.json:1: not valid JSON"),
         ("[]", "'data' must be a list"),
         ('{"data": [1]}', r"data\[0\]: 'paragraphs' must be a list"),
         (squad(question=3), r"data\[0\].paragraphs\[0\].qas\[0\]: 'question' must be a text"),

@@ -15,6 +15,7 @@ from models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertgpt import bert, gpt, pack
+from bertgpt.objectives import classification_loss
 
 SIDES = ("right", "left", "both", "holes")
 CLASSES = torch.tensor([0, 2, 1, 0])
@@ -197,6 +198,12 @@ def test_bad_labels_are_named(name, error, message, labels, skip_logits):
     extra = {"next_sentence_label": NEXT} if name == "BertForPreTraining" else {}
     with pytest.raises(error, match=message):
         model(IDS, labels=labels, skip_logits=skip_logits, **extra)
+
+
+def test_values_of_another_shape_are_named():
+    config = bert.BertConfig(num_labels=3, problem_type="regression")
+    with pytest.raises(ValueError, match=r"labels must have shape \[4, 3\], not \[3, 4\]"):
+        classification_loss(config, torch.ones(4, 3), torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -191,6 +191,29 @@ def test_text_that_makes_no_pairs_is_named(run, wordpiece, tmp_path):
     assert "next-sentence pairs need two documents of two sentences; 2 of 2 are shorter" in said
 
 
+def test_bert_from_one_file(run, text, wordpiece, tmp_path):
+    """Its paragraphs are the documents."""
+    parts = [file.read_text() for file in sorted(text.rglob("*.txt"))]
+    (tmp_path / "one.txt").write_text("\n\n".join(parts))
+    more = ("--max-steps", 2)
+    code, said = run(
+        "pretrain", "bert", *options(tmp_path / "one.txt", wordpiece, tmp_path / "out", *more)
+    )
+    assert code == 0, said
+    kept, held = hold_out(read_documents(tmp_path / "one.txt"), 0.25, 0, least=2)
+    assert (len(kept), len(held)) == (16, 6)
+    assert all(len(document.paragraphs) == 1 for document in [*kept, *held])
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_blocks_too_short_to_predict_in_are_refused(run, text, bpe, tmp_path, length):
+    more = ("--max-steps", 2, "--length", length)
+    code, said = run("pretrain", "gpt", *options(text, bpe, tmp_path / "out", *more))
+    assert code == 1
+    assert f"length must be 2 or more, for a word and its next, not {length}" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizers_one_file_gets_the_name_that_is_looked_for(wordpiece, tmp_path):
     alone = (wordpiece / "vocab.txt").rename(tmp_path / "words.txt")
     (tmp_path / "out").mkdir()

@@ -10,7 +10,14 @@ import transformers
 from models import BERT, GPT2
 from safetensors.torch import load_file, save_file
 
-from bertgpt import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, pack
+from bertgpt import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    pack,
+)
 from bertgpt.recipes import loop, state
 from bertgpt.recipes.loop import Interrupted, train
 from bertgpt.recipes.order import Order
@@ -107,24 +114,13 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
         assert abs(a["norm"] - b["norm"]) < 1e-4 * a["norm"]
 
 
-def test_bfloat16_trains_float32_weights(tmp_path, fresh_accelerate):
+def test_bfloat16_trains_float32_weights(tmp_path):
+    exact = run(tmp_path / "exact", max_steps=20)  # in the same process: both are as asked
     result = run(tmp_path / "out", max_steps=20, precision="bf16")
     assert result.log[-1]["loss"] < 0.9 * result.log[0]["loss"]
     assert result.model.dtype == torch.float32
     plain = [line["loss"] for line in result.log]
-    fresh_accelerate()
-    exact = run(tmp_path / "exact", max_steps=20)
     assert plain != [line["loss"] for line in exact.log]
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Forgets the precision, which accelerate settles once a process, now and in the end."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-    yield AcceleratorState._reset_state
-    AcceleratorState._reset_state()
 
 
 class Poisoned(Task):
@@ -201,12 +197,25 @@ def cut_off(tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("changes", [{"n_embd": 48}, {"n_layer": 1}, {"n_layer": 3}])
-def test_a_checkpoint_of_another_shape_is_named(cut_off, changes):
+def classifier():
+    return GPT2ForSequenceClassification(gpt().config)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: gpt(n_embd=48), r"config\.n_embd=24, not 48"),
+        (lambda: gpt(n_layer=3), r"config\.n_layer=2, not 3"),
+        (lambda: gpt(n_head=1), r"config\.n_head=\d, not 1"),  # of the same shapes
+        (lambda: gpt(attn_pdrop=0.3), r"config\.attn_pdrop=0\.1, not 0\.3"),
+        (classifier, r"training\.safetensors is of another shape: \S+ is absent"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named(cut_off, model, message):
     before = (cut_off / state.FILE).read_bytes(), (cut_off / "log.jsonl").read_bytes()
-    model = gpt(**changes)
+    model = model()
     weights = [weight.clone() for weight in model.parameters()]
-    with pytest.raises(ValueError, match=r"training\.safetensors is of another shape: \S+ is"):
+    with pytest.raises(ValueError, match=message):
         run(cut_off, model=model, resume=True, checkpoint_every=2)
     assert before == ((cut_off / state.FILE).read_bytes(), (cut_off / "log.jsonl").read_bytes())
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
@@ -223,6 +232,70 @@ def test_a_checkpoint_of_another_shape_is_named(cut_off, changes):
 def test_a_checkpoint_of_another_run_is_named(cut_off, changes, message):
     with pytest.raises(ValueError, match=message):
         run(cut_off, resume=True, **changes)
+
+
+def test_a_checkpoint_of_other_examples_is_named(cut_off):
+    others = [*EXAMPLES[:-1], [5, *EXAMPLES[-1][1:]]]
+    options = {"checkpoint_every": 2, "batch_size": 8}
+    with pytest.raises(ValueError, match="was made with digest of the examples="):
+        train(Task(gpt(), collate), others, settings(cut_off, **options), resume=True)
+    copied = json.loads(json.dumps(EXAMPLES))  # equal, not the same
+    train(Task(gpt(), collate), copied, settings(cut_off, **options), resume=True)
+
+
+def test_a_run_that_left_no_checkpoint_says_how_to_go_on(tmp_path):
+    stops = type("_", (Stops,), {"act": staticmethod(crash)})
+    with pytest.raises(Crash):
+        run(tmp_path / "out", task=stops)
+    hint = "it has no checkpoint: delete it, or name another"
+    with pytest.raises(FileExistsError, match=hint):
+        run(tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=hint):
+        run(tmp_path / "out", resume=True)
+    run(tmp_path / "whole")
+    with pytest.raises(FileExistsError, match="it is finished: name another"):
+        run(tmp_path / "whole")
+    with pytest.raises(FileNotFoundError, match="it is finished: name another"):
+        run(tmp_path / "whole", resume=True)
+
+
+def test_half_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"weights must be float32 .*: \S+ is torch\.float16"):
+        run(tmp_path / "out", model=gpt().half())
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_examples_without_labels_have_no_loss(tmp_path):
+    result = run(tmp_path / "out", held_out=[[4]], max_steps=2)
+    assert result.before == result.after == {"loss": 0.0}
+
+
+def test_the_checkpoint_stays_until_the_model_is_measured(tmp_path):
+    seen = []
+
+    def cut_short(model):
+        seen.append({file.name for file in (tmp_path / "out").iterdir()})
+        raise Crash
+
+    def beside():
+        (tmp_path / "out" / "beside").touch()
+
+    with pytest.raises(Crash):
+        train(
+            Task(gpt(), collate), EXAMPLES, settings(tmp_path / "out", checkpoint_every=4),
+            beside=beside, measure=cut_short,
+        )  # fmt: skip
+    assert seen[0] >= {"model.safetensors", "beside", state.FILE}
+    assert len(run(tmp_path / "out", resume=True).log) == 6
+
+
+def test_a_signal_waits_for_the_model_to_be_saved(tmp_path):
+    with pytest.raises(Interrupted, match=r"SIGTERM after the last step: .*out has the model"):
+        train(
+            Task(gpt(), collate), EXAMPLES, settings(tmp_path / "out"),
+            beside=lambda: signal.raise_signal(signal.SIGTERM), measure=lambda _: crash(),
+        )  # fmt: skip
+    assert GPT2LMHeadModel.from_pretrained(tmp_path / "out")
 
 
 def test_a_broken_checkpoint_is_named(cut_off):

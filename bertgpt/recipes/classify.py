@@ -19,7 +19,7 @@ from bertgpt.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Verdict:
-    """A class and its probability."""
+    """A class and its probability, to 4 digits: what is shown is what thresholds compare."""
 
     label: str
     confidence: float
@@ -72,7 +72,7 @@ class Classifier(Recipe):
             ValueError: a label that the model does not know.
         """
         texts = [e.text if e.second is None else (e.text, e.second) for e in examples]
-        known = self.model.config.label2id
+        known = {name: i for i, name in self.model.config.id2label.items()}
         items = []
         for i, (example, coded) in enumerate(
             zip(examples, self.tokenizer.encode_batch(texts), strict=True)
@@ -99,7 +99,7 @@ class Classifier(Recipe):
             likely_BC = self._forward(tokens).logits.float().softmax(-1).cpu()
             best_B = likely_BC.max(-1)
             rows = zip(indices, best_B.indices.tolist(), best_B.values.tolist(), strict=True)
-            found.update({i: Verdict(names[c], p) for i, c, p in rows})
+            found.update({i: Verdict(names[c], round(p, 4)) for i, c, p in rows})
         return [found[i] for i in range(len(items))]
 
     def evaluate(self, examples: Sequence[Text]) -> dict[str, float]:
@@ -122,7 +122,7 @@ class Classifier(Recipe):
         texts = {"text": example.text}
         if example.second is not None:
             texts["second"] = example.second
-        return {**texts, "label": prediction.label, "confidence": round(prediction.confidence, 4)}
+        return {**texts, "label": prediction.label, "confidence": prediction.confidence}
 
 
 def _figures(found: Sequence[str], examples: Sequence[Text]) -> dict[str, float]:

@@ -160,6 +160,8 @@ def read_sentences(path: Path, *, tagged: bool = True) -> list[Sentence]:
                 sentences.append(Sentence(tuple(words), tuple(tags), f"{path}:{first}"))
             words, tags, first = [], [], number + 1
             continue
+        if not columns[0]:
+            raise ValueError(f"{path}:{number}: the line has no word, {line.strip()!r} alone")
         words.append(columns[0])
         if tagged:
             tags.append(_tag(columns, f"{path}:{number}"))
@@ -180,9 +182,10 @@ def read_questions(path: Path, *, answered: bool = True) -> list[Question]:
         ValueError: an empty file, one that is not UTF-8 or not JSON, a key that is absent, an
             answer that is not in its context, a question without an answer.
     """
+    text = _decode(path)
     try:
-        whole = json.loads(_decode(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
         line = getattr(error, "lineno", 1)
         raise ValueError(f"{path}:{line}: not valid JSON ({error})") from None
     questions = []
@@ -262,25 +265,33 @@ def _read_folder(path: Path, labelled: bool) -> list[Text]:
 def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, columns) of each row; quotes mean something in .csv only."""
     tabs = path.suffix.lower() == ".tsv"
+    text = _decode(path)
     reader = csv.reader(
-        io.StringIO(_decode(path), newline=""),
+        io.StringIO(text, newline=""),
         delimiter="\t" if tabs else ",",
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=True,
     )
     header: list[str] | None = None
     line = 1
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))  # a long article is no mistake
     try:
         for row in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
             if header is None:
                 header = [name.strip() for name in row]
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise ValueError(f"{where}: column {twice[0]!r} comes twice")
             elif row:
                 if len(row) != len(header):
                     raise ValueError(f"{where}: {len(row)} fields, the header has {len(header)}")
                 yield where, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -289,7 +300,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: must be a JSON object, not {line.strip()[:40]}")

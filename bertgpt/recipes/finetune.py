@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Report:
         held_out: examples held out.
         baseline: figures of predictions that need no model, on those held out.
         before: the model's figures on them with its new head, empty if the run was resumed.
-        after: its figures after training.
+        after: its figures after training, empty until they are measured.
     """
 
     training: int
@@ -84,7 +84,8 @@ def new_recipe(
 ) -> Recipe:
     """A recipe whose model is a folder's encoder with a head for the examples' classes.
 
-    A folder that has such a head already keeps it, and its classes.
+    A folder that has such a head already keeps it, and its classes; if they have no names but
+    LABEL_0 and so on, the examples' are theirs. Weights are float32 whatever is stored.
 
     Args:
         task: one of `RECIPES`.
@@ -95,14 +96,16 @@ def new_recipe(
 
     Raises:
         FileNotFoundError: a file of the model or its tokenizer is missing.
-        ValueError: a file is broken; the examples have too few classes; `max_length` is too long.
+        ValueError: a file is broken; the examples have too few classes, or another number than
+            a head without names; `max_length` is too long.
     """
     kind = RECIPES[task]
     named: dict[str, Any] = {}
     names = kind.labels(examples)
     stored = BertConfig.from_pretrained(folder)
-    trained = kind.model_class.__name__ in (stored.architectures or [])
-    if names is not None and not trained:
+    if kind.model_class.__name__ in (stored.architectures or []):
+        names = _names_of_nameless(stored, names)
+    if names is not None:
         named = {
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
@@ -110,8 +113,26 @@ def new_recipe(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message=".* has no weights for")  # the head is new
-        model = kind.model_class.from_pretrained(folder, **named)
+        model = kind.model_class.from_pretrained(folder, dtype=torch.float32, **named)
     return kind(model, load_tokenizer(folder), max_length)
+
+
+def _names_of_nameless(stored: BertConfig, names: list[str] | None) -> list[str] | None:
+    """What a stored head's classes are to be called, if their names say nothing; else None.
+
+    Stock numbers classes that nobody named, and leaves even that out where they are two.
+    """
+    numbered = [f"LABEL_{i}" for i in range(stored.num_labels)]
+    if names is None or (stored.id2label and list(stored.id2label.values()) != numbered):
+        return None
+    if set(names) <= set(numbered):
+        return numbered
+    if len(names) != stored.num_labels:
+        raise ValueError(
+            f"the model's head has {stored.num_labels} classes without names, the data has "
+            f"{len(names)} ({', '.join(names)}): take the model without its head"
+        )
+    return names
 
 
 def fit(
@@ -120,23 +141,37 @@ def fit(
     held: Sequence[Any],
     settings: Settings,
     *,
+    write: Callable[[Report], None] = lambda _: None,
     resume: bool = False,
     console: Console | None = None,
 ) -> Report:
     """Trains a recipe's model in place, and measures it on held-out examples before and after.
 
-    What `bertgpt.recipes.loop.train` leaves in the output folder and raises, this does too.
+    `write` is called once the model is in its folder, with a report that lacks the figures after
+    training, and again with all. What `bertgpt.recipes.loop.train` leaves in the output folder and
+    raises, this does too.
     """
     items = recipe.encode(training)
     recipe.encode(held)  # a label that the model does not know is found before the work
     recipe.model.to(_device(settings))
     before = {} if resume else recipe.evaluate(held)
-    result = train(
-        Task(recipe.model, recipe.collate), items, settings, resume=resume, console=console
+    report = Report(len(training), len(held), recipe.baseline(training, held), before, {})
+
+    def measure(model: Any) -> None:
+        recipe.model = model
+        report.after.update(recipe.evaluate(held))
+        write(report)
+
+    train(
+        Task(recipe.model, recipe.collate),
+        items,
+        settings,
+        beside=lambda: write(report),
+        measure=measure,
+        resume=resume,
+        console=console,
     )
-    recipe.model = result.model
-    after = recipe.evaluate(held)
-    return Report(len(training), len(held), recipe.baseline(training, held), before, after)
+    return report
 
 
 def _device(settings: Settings) -> torch.device:
@@ -185,8 +220,10 @@ def finetune(
     examples = read_examples(task, data, columns)
     training, held = hold_out(examples, held_out, settings.seed)
     recipe = new_recipe(task, folder, examples, max_length, settings.seed)
-    report = fit(recipe, training, held, settings, resume=resume, console=console)
-    if os.environ.get("RANK", "0") == "0":
+
+    def write(report: Report) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
         copy_tokenizer(folder, settings.output)
         facts = {
             "task": task,
@@ -196,6 +233,8 @@ def finetune(
             **asdict(report),
         }
         (settings.output / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+
+    report = fit(recipe, training, held, settings, write=write, resume=resume, console=console)
     return recipe, report, held
 
 

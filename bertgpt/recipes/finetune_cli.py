@@ -139,9 +139,12 @@ def predict(
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise typer.BadParameter(f"{output} cannot be a file here", param_hint="--output")
     from bertgpt.cli import as_device
+    from bertgpt.recipes.classify import Classifier
     from bertgpt.recipes.finetune import Predictor
 
     predictor = Predictor.from_folder(model, device=as_device(device)).with_threshold(threshold)
+    if threshold is not None and not isinstance(predictor.recipe, Classifier):
+        raise typer.BadParameter("only classes are handed on", param_hint="--threshold")
     lines = [json.dumps(line, ensure_ascii=False) for line in predictor.predict(data)]
     whole = "".join(f"{line}\n" for line in lines)
     if output is None:

@@ -8,11 +8,12 @@ of its labels.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from bertgpt.recipes.journal import Journal
 from bertgpt.recipes.order import Order, mix
 from bertgpt.recipes.settings import Settings
 from bertgpt.recipes.task import Batch, Task
-from bertgpt.recipes.text import copy_tokenizer
 
 # Settings that a run must keep when it is resumed: others change its rounding at most.
 _KEPT = ("learning_rate", "warmup", "weight_decay", "clip_norm", "batch_size", "precision", "seed")
@@ -69,7 +69,8 @@ def train(
     settings: Settings,
     *,
     held_out: Sequence[Any] = (),
-    tokenizer: Path | None = None,
+    beside: Callable[[], None] | None = None,
+    measure: Callable[[PreTrainedModel], None] | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> Result:
@@ -77,33 +78,44 @@ def train(
 
     Args:
         task: the model and how batches are made of examples.
-        examples: what `task.collate` takes, the same on every rank.
+        examples: what `task.collate` takes, the same on every rank; pickle can write them.
         settings: the run.
         held_out: examples whose loss is measured before and after.
-        tokenizer: folder (or tokenizer.json) whose tokenizer files go with the model.
+        beside: writes what goes with the model into the output folder, on one rank.
+        measure: takes the trained model after it was written, on every rank. The checkpoint goes
+            away after that only.
         resume: go on from the checkpoint in the output folder.
         console: where a progress bar goes.
 
     Raises:
         FileExistsError: the output folder holds something, and the run is not to resume.
         FileNotFoundError: there is no checkpoint to resume from.
-        ValueError: no examples; settings that contradict themselves, or the checkpoint's; a
-            checkpoint of another shape.
+        ValueError: no examples; weights that are not float32; settings that contradict themselves;
+            a checkpoint of other settings, another model or other examples.
         FloatingPointError: the loss or its gradient is infinite or no number. The message names the
             step; the last checkpoint stays.
-        Interrupted: SIGINT or SIGTERM came; the state was saved first.
+        Interrupted: SIGINT or SIGTERM came; the state, or the finished model, was saved first.
     """
     run = _Run(task, examples, settings, resume)
     before = {} if resume else run.evaluate(held_out)
-    log = run.train(console)
-    model = run.whole_model()
+    with _signals() as came:
+        log = run.train(console, came)
+        model = run.whole_model()
+        if run.main:
+            model.save_pretrained(settings.output)
+            if beside is not None:
+                beside()
+        _, stop = run.agree([], came)
+    if stop:
+        name = signal.Signals(stop).name
+        raise Interrupted(f"{name} after the last step: {settings.output} has the model", stop)
+    after = run.evaluate(held_out)
+    if measure is not None:
+        measure(model)
     if run.main:
-        model.save_pretrained(settings.output)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, settings.output)
         (settings.output / state.FILE).unlink(missing_ok=True)
     run.accelerator.wait_for_everyone()
-    return Result(model, log, before, run.evaluate(held_out))
+    return Result(model, log, before, after)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -121,10 +133,16 @@ class _Run:
     def __init__(
         self, task: Task, examples: Sequence[Any], settings: Settings, resume: bool
     ) -> None:
+        for name, weight in task.model.named_parameters():
+            if weight.dtype != torch.float32:
+                raise ValueError(f"weights must be float32 to be trained: {name} is {weight.dtype}")
         self.settings, self.task, self.examples = settings, task, examples
         self.total = settings.steps(len(examples))
         self.facts = {name: getattr(settings, name) for name in _KEPT}
         self.facts |= {"examples": len(examples), "steps": self.total}
+        self.facts |= {f"config.{name}": v for name, v in task.model.config.to_dict().items()}
+        self.facts["digest of the examples"] = state.digest(examples)
+        self.facts = json.loads(json.dumps(self.facts))  # as a checkpoint gives them back
         self.done = self._open(settings.output, resume)
         self.accelerator = _accelerator(settings)
         self.parts = settings.accumulation * self.accelerator.num_processes
@@ -152,7 +170,7 @@ class _Run:
         """Steps that are done, by the checkpoint in the folder; checks that one is wanted."""
         if not resume:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise FileExistsError(f"{folder} holds something: resume it, or name another")
+                raise FileExistsError(f"{folder} holds something: {state.way_out(folder)}")
             return 0
         facts = state.read_facts(folder)
         for name, value in self.facts.items():
@@ -163,18 +181,18 @@ class _Run:
                 )
         return int(facts["done"])
 
-    def train(self, console: Console | None) -> list[dict[str, Any]]:
-        """All steps that are left."""
+    def train(self, console: Console | None, came: list[int]) -> list[dict[str, Any]]:
+        """All steps that are left, unless a signal came."""
         every = self.settings.checkpoint_every
         journal = Journal(self.settings.output, self.done, self.total, console, self.main)
-        with journal, _signals() as came, ThreadPoolExecutor(1) as ahead:
+        with journal, ThreadPoolExecutor(1) as ahead:
             self.model.train()
             coming = ahead.submit(self._batches, self.done)
             for step in range(self.done, self.total):
                 start = time.perf_counter()
                 batches = [batch.to(self.accelerator.device) for batch in coming.result()]
                 coming = ahead.submit(self._batches, step + 1)  # made while this step runs
-                totals, stop = self._agree(batches, came)
+                totals, stop = self.agree(batches, came)
                 if stop:
                     raise self._interrupted(step, stop)
                 line = self._step(step, batches, totals)
@@ -195,9 +213,10 @@ class _Run:
             batches.append(self.task.collate(chosen, seeds))
         return batches
 
-    def _agree(self, batches: list[Batch], came: list[int]) -> tuple[dict[str, int], int]:
+    def agree(self, batches: list[Batch], came: list[int]) -> tuple[dict[str, int], int]:
         """Over all ranks: labels of each loss and tokens of the step, and a signal that came."""
-        mine = {name: sum(batch.counts[name] for batch in batches) for name in batches[0].counts}
+        names = batches[0].counts if batches else ()
+        mine = {name: sum(batch.counts[name] for batch in batches) for name in names}
         mine["tokens"] = sum(batch.tokens.values.shape[0] for batch in batches)
         numbers = [*mine.values(), *(came.count(number) for number in _SIGNALS)]
         sums = self.accelerator.reduce(
@@ -268,7 +287,10 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Any]) -> dict[str, float]:
-        """Mean losses over all examples, in eval mode; their random inputs are always the same."""
+        """Mean losses over all examples, in eval mode; their random inputs are always the same.
+
+        0 where no example has a label of a loss.
+        """
         size = self.settings.batch_size
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
@@ -289,7 +311,7 @@ class _Run:
         totals = torch.tensor([counts[name] for name in sums], device=self.accelerator.device)
         totals = self.accelerator.reduce(totals, "sum").tolist()
         parts = self._reduced(sums)
-        means = {name: parts[name] / total for name, total in zip(parts, totals, strict=True)}
+        means = {name: parts[name] / max(n, 1) for name, n in zip(parts, totals, strict=True)}
         return {"loss": sum(means.values()), **(means if len(means) > 1 else {})}
 
     def whole_model(self) -> PreTrainedModel:
@@ -317,9 +339,13 @@ def _weighted(
 def _accelerator(settings: Settings) -> Any:
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ModuleNotFoundError as missing:
         message = "training needs accelerate: pip install 'bertgpt[train]'"
         raise ModuleNotFoundError(message, name="accelerate") from missing
+    known = AcceleratorState._shared_state  # accelerate settles the precision once a process
+    if known and AcceleratorState().mixed_precision != settings.precision:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=settings.cpu, mixed_precision=settings.precision)
     _prepare_sharding(getattr(accelerator.state, "fsdp_plugin", None))
     return accelerator

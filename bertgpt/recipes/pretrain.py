@@ -25,7 +25,7 @@ from bertgpt.packing import pack
 from bertgpt.recipes.loop import Result, train
 from bertgpt.recipes.settings import Settings
 from bertgpt.recipes.task import Batch, Task
-from bertgpt.recipes.text import Document, hold_out, read_documents
+from bertgpt.recipes.text import Document, copy_tokenizer, hold_out, read_documents
 from bertgpt.text import load_tokenizer, sentences
 
 _END_TOKENS = ("<|endoftext|>", "</s>", "<eos>")
@@ -213,8 +213,11 @@ def gpt(
         held_out: fraction of the documents to measure on.
 
     Raises:
-        ValueError: the tokenizer has no end token, or the text is too short to split.
+        ValueError: the tokenizer has no end token, the text is too short to split, or blocks of
+            `size.length` are too short to predict anything in.
     """
+    if size.length < 2:
+        raise ValueError(f"length must be 2 or more, for a word and its next, not {size.length}")
     end = _token_id(tokenizer, _END_TOKENS)
     shares = [
         [block for d in share for block in _blocks(d, tokenizer, size.length, end)]
@@ -309,7 +312,7 @@ def pretrain(
         whole.examples,
         settings,
         held_out=whole.held_out,
-        tokenizer=tokenizer,
+        beside=lambda: copy_tokenizer(tokenizer, settings.output),
         resume=resume,
         console=console,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,20 @@ class Answer:
     Attributes:
         text: its text.
         start: its first character.
-        score: probability of its start times that of its end, in its window.
+        log_score: log of the probability of its start times that of its end, in its window.
     """
 
     text: str
     start: int
-    score: float
+    log_score: float
+
+    @property
+    def score(self) -> float:
+        """The probability, which may be too small for a float."""
+        return math.exp(self.log_score)
+
+
+_NONE = Answer("", 0, -math.inf)
 
 
 class Answerer(Recipe):
@@ -89,9 +98,13 @@ class Answerer(Recipe):
         return {"start_positions": starts, "end_positions": ends}, len(items)
 
     def predict(self, examples: Sequence[Question]) -> list[Answer]:
-        """The likeliest span of at most 30 tokens over all windows of each example."""
+        """The likeliest span of at most 30 tokens over all windows of each example.
+
+        Raises:
+            ValueError: the model's scores are no numbers.
+        """
         items = self.encode(examples)
-        best = [Answer("", 0, 0.0)] * len(examples)
+        best = [_NONE] * len(examples)
         for indices, tokens in batches(items, self.model.device):
             output = self._forward(tokens)
             ends = (output.start_logits.float().cpu(), output.end_logits.float().cpu())
@@ -99,7 +112,7 @@ class Answerer(Recipe):
             for i, (start_L, end_L) in zip(indices, windows, strict=True):
                 source = items[i].source
                 answer = _best(start_L, end_L, items[i].places, examples[source].context)
-                best[source] = max(best[source], answer, key=lambda found: found.score)
+                best[source] = max(best[source], answer, key=lambda found: found.log_score)
         return best
 
     def evaluate(self, examples: Sequence[Question]) -> dict[str, float]:
@@ -130,7 +143,9 @@ def _best(start_L: Tensor, end_L: Tensor, places: Sequence[Any], context: str) -
     """The likeliest span of a window's context, not empty, of at most `MAX_ANSWER` tokens."""
     inside = torch.tensor([place is not None and place[1] > place[0] for place in places])
     if not inside.any():
-        return Answer("", 0, 0.0)
+        return _NONE
+    if start_L.isnan().any() or end_L.isnan().any():
+        raise ValueError("the model's scores are NaN: its weights are broken, train it again")
     outside = ~inside
     start_L = start_L.log_softmax(-1).masked_fill(outside, -torch.inf)
     end_L = end_L.log_softmax(-1).masked_fill(outside, -torch.inf)
@@ -139,7 +154,7 @@ def _best(start_L: Tensor, end_L: Tensor, places: Sequence[Any], context: str) -
     pairs_LL = pairs_LL.masked_fill(~span_LL, -torch.inf)
     first, last = divmod(int(pairs_LL.argmax()), len(places))
     begin, end = places[first][0], places[last][1]
-    return Answer(context[begin:end], begin, float(pairs_LL[first, last].exp()))
+    return Answer(context[begin:end], begin, float(pairs_LL[first, last]))
 
 
 def _sentence(question: Question) -> str:

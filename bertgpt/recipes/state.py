@@ -6,9 +6,12 @@ Tensors are whole whatever the number of ranks, so that a run may go on on anoth
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +20,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from bertgpt.checkpoint import SAFETENSORS
+
 FILE = "training.safetensors"
+
+
+def digest(examples: Sequence[Any]) -> str:
+    """SHA-256 of what the examples hold; what many of them share is read once."""
+    digest = hashlib.sha256()
+    pickle.Pickler(SimpleNamespace(write=digest.update), protocol=5).dump(list(examples))
+    return digest.hexdigest()
+
+
+def way_out(folder: Path) -> str:
+    """What to do about an output folder that does not fit."""
+    if (folder / FILE).is_file():
+        return "resume it, or name another"
+    if (folder / SAFETENSORS).is_file():
+        return "it is finished: name another"
+    return "it has no checkpoint: delete it, or name another"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -74,7 +95,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     file = folder / FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no {FILE} to resume from")
+        raise FileNotFoundError(f"{folder} has no {FILE} to resume from: {way_out(folder)}")
     try:
         with safe_open(file, "pt") as stored:
             facts: dict[str, Any] = json.loads(stored.metadata()["facts"])

@@ -54,7 +54,7 @@ class Tagger(Recipe):
         Raises:
             ValueError: a tag that the model does not know.
         """
-        known = self.model.config.label2id
+        known = {name: i for i, name in self.model.config.id2label.items()}
         coded = self.tokenizer.encode_batch([list(e.words) for e in examples], is_pretokenized=True)
         items = []
         for i, (example, first) in enumerate(zip(examples, coded, strict=True)):

@@ -78,7 +78,8 @@ def hold_out(
 ) -> tuple[list[Document], list[Document]]:
     """Splits documents, at random, into those to train on and those to measure on.
 
-    A document that is alone is split instead: its last paragraphs are held out.
+    A document that is alone is split instead: its last paragraphs are held out, or, where more
+    than one document is needed on a side, its paragraphs are the documents.
 
     Args:
         documents: what was read.
@@ -94,6 +95,9 @@ def hold_out(
     if len(documents) == 1:
         (whole,) = documents
         paragraphs = whole.paragraphs
+        if least > 1 and len(paragraphs) > 1:
+            documents = [replace(whole, paragraphs=(part,)) for part in paragraphs]
+            return hold_out(documents, fraction, seed, least)
         cut = len(paragraphs) - max(1, round(fraction * len(paragraphs)))
         if cut < 1:
             raise ValueError(f"{whole.file} is one paragraph: blank lines must part it in two")
