@@ -312,7 +312,7 @@ def test_dropout(name, dtype, config, tiles):
     baseline = ops.attention(q, k, v, backend="reference", **call)
     assert_accurate(out, oracle, baseline, what="out")
     plain = ops.attention(q, k, v, backend="triton", return_lse=True, **MASKS[name])
-    assert_bitwise(lse, plain[1])
+    torch.testing.assert_close(lse, plain[1])  # in other tiles, which add up in another order
 
 
 @pytest.mark.parametrize("packed", [False, True])
