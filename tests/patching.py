@@ -147,3 +147,11 @@ def rows_seen(op="add_layer_norm"):
     with pytest.MonkeyPatch.context() as patcher:
         patcher.setattr(ops, op, spy)
         yield seen
+
+
+MODELS = {"BertForMaskedLM": bert, "GPT2LMHeadModel": gpt2}
+
+
+def blocks(model):
+    """Its layers."""
+    return model.bert.encoder.layer if hasattr(model, "bert") else model.transformer.h
