@@ -1,7 +1,6 @@
 """The Triton kernels of attention's gradient and of its dropout, in Triton's interpreter."""
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ from bertgpt.reference.philox import keep_attention
 pytest.importorskip("triton")
 from bertgpt.kernels import attention as forward
 from bertgpt.kernels import attention_backward as kernel
-from bertgpt.kernels.attention_call import Config, attention_call
+from bertgpt.kernels.attention_call import Config
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -362,54 +361,7 @@ def test_a_seed_is_drawn_once_for_both_directions(tiles):
     assert_bitwise(torch.autograd.grad(out.sum(), v)[0], first[0])
 
 
-@pytest.mark.parametrize("length", [2, 9, 200])
-@pytest.mark.parametrize(
-    ("options", "extras"),
-    [
-        ({}, 0),
-        ({"window": (64, -1), "key_lengths": torch.tensor([1])}, 0),
-        ({"mask": torch.bool}, 1),
-        ({"mask": torch.float32, "per_key": True, "causal": True}, 1),
-        ({"dropout_p": 0.1, "window": (-1, 64)}, 1),
-        ({"kv_heads": 1}, 0),
-        ({"kv_heads": 1, "window": (64, -1)}, 0),
-        ({"kv_heads": 1, "dropout_p": 0.1}, 2),
-        ({"mask": torch.float16}, 2),
-        ({"mask": torch.bool, "dropout_p": 0.1}, 2),
-        ({"mask": torch.bool, "window": (64, -1)}, 2),
-        ({"dropout_p": 0.1, "window": (64, -1)}, 2),
-        ({"mask": torch.float32, "dropout_p": 0.1, "window": (64, -1)}, 2),
-    ],
-    ids=str,
-)
-def test_what_takes_registers_counts_and_lengths_do_not(options, extras, length):
-    """Else a sequence would get other tiles, and other bits, in another batch."""
-    given = {
-        "key_lengths": None, "causal": False, "window": (-1, -1), "seed": torch.tensor(5),
-        "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None,
-        "mask": None, "dropout_p": 0.0,
-    } | options  # fmt: skip
-    per_key = given.pop("per_key", False)
-    if given["mask"] is not None:
-        rows = 1 if per_key else length
-        mask = torch.zeros(1, 1, rows, length, dtype=given["mask"])
-        given["mask"] = mask.expand(1, 2, length, length)
-    q, k = randn(1, length, 2, 16), randn(1, length, given.pop("kv_heads", 2), 16)
-    assert attention_call(q, k, **given).extras == extras
-
-
 @pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 5), (torch.bfloat16, 17)], ids=str)
 def test_rows_of_any_width_where_a_call_adds_most(dtype, D, tiles):
     q, k, v = qkv(L=20, S=37, D=D, dtype=dtype)
     check(q, k, v, mask=additive(20, 37), dropout_p=0.3, seed=5)
-
-
-def test_configs_are_powers_of_two_for_every_machine():
-    for gradient, capability, dim, size, extras, aligned in product(
-        ("dq", "dkdv"), (80, 86, 89, 90, 100, 103, 120, 121), range(1, 257), (2, 4),
-        (0, 1, 2), (False, True),
-    ):  # fmt: skip
-        config = kernel.pick_config(gradient, capability, dim, size, extras, aligned)
-        for extent in (config.BLOCK_M, config.BLOCK_N):
-            assert extent >= 16
-            assert extent & (extent - 1) == 0

@@ -1,6 +1,5 @@
 """The Triton kernel of an additive mask's gradient, in Triton's interpreter."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -18,6 +17,7 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from test_attention_bwd_triton import NAN, TILES, TINY
 from tolerance import assert_accurate, assert_bitwise
 
 from bertgpt import ops, reference
@@ -27,16 +27,12 @@ pytest.importorskip("triton")
 from bertgpt.kernels import attention as forward
 from bertgpt.kernels import attention_backward as kernel
 from bertgpt.kernels import attention_dmask as dmask
-from bertgpt.kernels.attention_call import Config
 
 pytestmark = [
     pytest.mark.interpreter,
     # NumPy warns of ln 0 and 2^inf in rows without a key, which are selected away.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-NAN = float("nan")
-TINY = Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
-TILES = {"16×16": TINY, "16×32": replace(TINY, BLOCK_N=32), "32×16": replace(TINY, BLOCK_M=32)}
 B, H, L, S = 2, 2, 20, 37
 SHAPES = [(B, H, L, S), (1, H, L, S), (B, 1, L, S), (L, S), (B, H, 1, S), (B, 1, 1, S), (S,)]
 
