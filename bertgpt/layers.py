@@ -165,10 +165,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TE: Tensor, attend: Attend) -> Tensor:
         """`[T, E]` → `[T, E]`."""
+        return self.out(self.mix(x_TE, attend))
+
+    def mix(self, x_TE: Tensor, attend: Attend) -> Tensor:
+        """What the heads see, end to end: `[T, E]` → `[T, H · D]`."""
         q, k, v = self.qkv(x_TE).view(-1, 3, self.heads, self.head_dim).unbind(1)
         dropout_p = self.dropout if self.training else 0.0
-        mixed = attend(q, k, v, self.layer, self.scale, dropout_p, self.window)
-        return self.out(mixed.flatten(1))
+        return attend(q, k, v, self.layer, self.scale, dropout_p, self.window).flatten(1)
 
 
 class FeedForward(nn.Module):
