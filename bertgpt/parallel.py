@@ -145,6 +145,7 @@ class _Attention(SelfAttention):
 
     mesh: DeviceMesh
 
+    @torch.compiler.disable
     def forward(self, x_TE: Tensor, attend: Attend) -> Tensor:
         """`[T, E]` → `[T, E]`.
 

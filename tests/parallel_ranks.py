@@ -1,14 +1,13 @@
 """What each of two processes does in `test_tensor_parallel.py`: a module that they can import."""
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 import bertgpt
 
@@ -46,8 +45,11 @@ def work(rank, address, folder):
     try:
         mesh = init_device_mesh("cpu", (RANKS,))
         for name in MODELS:
-            print(name, rank)
             same_as_alone(name, mesh)
+        trains_and_saves("BertForMaskedLM", mesh, Path(folder, "bert"))
+        trains_and_saves("GPT2LMHeadModel", mesh, Path(folder, "gpt2"))
+        generates_as_alone(mesh)
+        refuses(mesh)
         Path(folder, f"rank{rank}").touch()
     finally:
         dist.destroy_process_group()
@@ -57,40 +59,113 @@ def make(name, **changes):
     """A model with the same weights every time."""
     torch.manual_seed(0)
     kind = getattr(bertgpt, name)
-    return kind(kind.config_class(**SIZES, **MODELS[name] | changes))
+    model = kind(kind.config_class(**SIZES, **MODELS[name] | changes))
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):  # which start as zeros
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
-def batch_of(name):
+def batch_of(ragged):
+    """Ids, their mask and labels, `[B, L]` each."""
     torch.manual_seed(1)
     ids = torch.randint(3, 61, (4, 12))
-    mask = (torch.arange(12) < torch.tensor([7, 1, 12, 4])[:, None]).long()
+    lengths = torch.tensor([7, 1, 12, 4]) if ragged else torch.tensor([12] * 4)
+    mask = (torch.arange(12) < lengths[:, None]).long()
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
 
 
-def step(model, inputs):
-    """Logits and loss of a step of training from a given state, and the gradients, whole."""
-    torch.manual_seed(2)
-    out = model.train()(**inputs)
-    out.loss.backward()
-    found = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return out.logits.detach(), found
-
-
 def same_as_alone(name, mesh):
+    """Outputs and gradients, with and without dropout, of packed and of equal sequences."""
     alone = make(name)
     split = bertgpt.tensor_parallel(copy.deepcopy(alone), mesh)
-    inputs = batch_of(name)
-    with torch.no_grad():
-        close(split.eval()(**inputs).logits, alone.eval()(**inputs).logits)
-    (logits, gradients), (expected, whole) = step(split, inputs), step(alone, inputs)
-    close(logits, expected)
-    assert gradients.keys() == whole.keys()
-    for key, gradient in gradients.items():
-        close(gradient, whole[key])
+    for ragged in (True, False):
+        inputs = batch_of(ragged)
+        with torch.no_grad():
+            close(split.eval()(**inputs).logits, alone.eval()(**inputs).logits)
+        found, expected = step(split, inputs, mesh.get_rank()), step(alone, inputs, 0)
+        close(found["logits"], expected["logits"])
+        assert found.keys() == expected.keys()
+        for key, gradient in found.items():
+            close(gradient, expected[key])
+        split.gradient_checkpointing_enable()  # the second time
+
+
+def step(model, inputs, seed):
+    """Logits of a step of training from a seed, and each parameter's gradient."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    out = model.train()(**inputs)
+    out.loss.backward()
+    found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return found | {"logits": out.logits.detach()}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def trains_and_saves(name, mesh, folder):
+    """A clipped step of SGD; the file holds the weights that one process comes to."""
+    alone = make(name)
+    split = bertgpt.tensor_parallel(copy.deepcopy(alone), mesh)
+    attention = split.base_model.layers[0].attention
+    assert attention.heads == 2
+    assert attention.qkv.weight.shape == (36, 24), "not in parts"
+    for model in (alone, split):
+        step(model, batch_of(ragged=True), 0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+    close(split.get_output_embeddings().weight, split.get_input_embeddings().weight)
+    split.save_pretrained(folder)
+    kept = type(alone).from_pretrained(folder)
+    for key, weight in alone.state_dict().items():
+        close(kept.state_dict()[key], weight)
+
+
+def generates_as_alone(mesh):
+    """Greedily, by beams and by draws, each rank on the pages of its own heads."""
+    for name in ("GPT2LMHeadModel", "GPTNeoForCausalLM", "OpenAIGPTLMHeadModel"):
+        alone = make(name).eval()
+        split = bertgpt.tensor_parallel(copy.deepcopy(alone), mesh)
+        for options in ({}, {"num_beams": 3}, {"do_sample": True, "seed": 5}):
+            found = split.generate(PROMPTS, 12, **options)
+            assert found == alone.generate(PROMPTS, 12, **options)
+
+
+def refuses(mesh):
+    """By name, before anything has changed."""
+    one = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp", "tp"))
+    for name, change, message in (
+        ("BertForMaskedLM", {"num_attention_heads": 3}, "num_attention_heads .* is 3, which 2"),
+        ("BertForMaskedLM", {"intermediate_size": 41}, "intermediate_size .* is 41, which 2"),
+        ("GPT2LMHeadModel", {"n_inner": 41}, "intermediate_size .* is 41, which 2"),
+    ):
+        model = make(name, **change)
+        with pytest.raises(ValueError, match=message):
+            bertgpt.tensor_parallel(model, mesh)
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert model.mesh is None
+        model(**batch_of(ragged=True)).loss.backward()
+    model = make("GPT2LMHeadModel", attn_pdrop=0.1)
+    with pytest.raises(TypeError, match="not a Linear"):
+        bertgpt.tensor_parallel(torch.nn.Linear(2, 2), mesh)
+    with pytest.raises(TypeError, match="mesh must be a DeviceMesh, not a int"):
+        bertgpt.tensor_parallel(model, RANKS)
+    with pytest.raises(ValueError, match="one dimension, not 2: .* mesh\\['tp'\\]"):
+        bertgpt.tensor_parallel(model, one)
+    with pytest.raises(ValueError, match="the model is on meta but the mesh on cpu"):
+        bertgpt.tensor_parallel(copy.deepcopy(model).to("meta"), mesh)
+    bertgpt.tensor_parallel(model, one["tp"])
+    with pytest.raises(ValueError, match="split over ranks already"):
+        bertgpt.tensor_parallel(model, mesh)
+    with pytest.raises(ValueError, match=r"attention dropout of 0.1 .*attn_pdrop"):
+        model.train()(**batch_of(ragged=True))
+    with pytest.raises(ValueError, match="seed must be given"):
+        model.eval().generate(PROMPTS, 3, do_sample=True)
+    with pytest.raises(ValueError, match="split over ranks"):
+        bertgpt.Engine(model, num_pages=8)
