@@ -10,7 +10,6 @@ Parallelism", 2019, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -28,12 +27,11 @@ from torch.distributed.tensor import (
 )
 
 from bertgpt import ops
-from bertgpt.layers import Attend, FeedForward, SelfAttention
+from bertgpt.layers import Attend, FeedForward, Linear, SelfAttention
 from bertgpt.ops._linear import linear
 from bertgpt.pretrained import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-Distribute = Callable[[Tensor, DeviceMesh], DTensor]
 
 
 def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
@@ -59,23 +57,19 @@ def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
             changed.
     """
     _check(model, mesh)
-    made: dict[int, nn.Parameter] = {}  # tied weights stay one
-    for module, name, distribute in [*_plan(model)]:
-        parameter = module._parameters[name]
-        assert parameter is not None
-        if id(parameter) not in made:
-            whole = distribute(parameter.detach(), mesh)
-            made[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        module._parameters[name] = made[id(parameter)]
+    for module in [*model.modules()]:
+        if isinstance(module, SelfAttention):
+            module.__class__ = _Attention
+            module.heads //= mesh.size()
+            module.add_module("qkv", _Projections(module.qkv))
+        elif isinstance(module, FeedForward):
+            module.__class__ = _FeedForward
+    _distribute(model, mesh)
     for module in [*model.modules()]:
         names = tuple(name for name, value in module._parameters.items() if value is not None)
         if names:
-            module.__class__ = _local(type(module), names)
-        elif isinstance(module, SelfAttention):
-            module.__class__ = _Attention
-            module.heads //= mesh.size()
-        elif isinstance(module, FeedForward):
-            module.__class__ = _FeedForward
+            kind: Any = type(module)  # mypy knows no class of modules to be hashable
+            module.__class__ = _local(kind, names)
         if isinstance(module, _Attention | _FeedForward | PreTrainedModel):
             module.mesh = mesh
     model.register_forward_pre_hook(partial(_share_random_state, mesh))
@@ -114,30 +108,60 @@ def _check_size(name: str, size: int, mesh: DeviceMesh) -> None:
         )
 
 
-def _placed(placement: Placement) -> Distribute:
-    return lambda tensor, mesh: distribute_tensor(tensor, mesh, [placement])
-
-
-def _by_heads(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Queries', keys' and values' rows lie one after the other: each of the three is split."""
-    split: DTensor = distribute_tensor(tensor.unflatten(0, (3, -1)), mesh, [Shard(1)]).flatten(0, 1)
-    return split
-
-
-def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, str, Distribute]]:
-    """Each parameter's module and name, and how it is spread."""
-    whole, rows, columns = _placed(Replicate()), _placed(Shard(0)), _placed(Shard(1))
-    products: dict[nn.Module, tuple[Distribute, Distribute]] = {}  # of weight and bias
+def _distribute(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Makes every parameter a DTensor."""
+    placements: dict[nn.Module, tuple[Placement, Placement]] = {}  # of weight and bias
     for module in model.modules():
-        if isinstance(module, SelfAttention):
-            products |= {module.qkv: (_by_heads, _by_heads), module.out: (columns, whole)}
-        elif isinstance(module, FeedForward):
-            products |= {module.inner: (rows, rows), module.outer: (columns, whole)}
+        if isinstance(module, _Attention):
+            placements |= {part: (Shard(0), Shard(0)) for part in module.qkv.children()}
+            placements[module.out] = (Shard(1), Replicate())
+        elif isinstance(module, _FeedForward):
+            placements[module.inner] = (Shard(0), Shard(0))
+            placements[module.outer] = (Shard(1), Replicate())
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
-        of_weight, of_bias = products.get(module, (whole, whole))
+        of_weight, of_bias = placements.get(module, (Replicate(), Replicate()))
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield module, name, of_weight if name == "weight" else of_bias
+            if parameter is None:
+                continue
+            if parameter not in made:
+                place = of_weight if name == "weight" else of_bias
+                spread = distribute_tensor(parameter.detach(), mesh, [place])
+                made[parameter] = nn.Parameter(spread, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[parameter]
+
+
+class _Projections(nn.Module):
+    """Queries', keys' and values' rows of a fused projection, each on its own to be split by heads.
+
+    Whoever loads or saves sees them fused.
+    """
+
+    def __init__(self, fused: Linear) -> None:
+        super().__init__()
+        width, rows = fused.in_features, fused.out_features // 3
+        for i, name in enumerate("qkv"):
+            with torch.device("meta"):
+                part = Linear(width, rows, bias=fused.bias is not None)
+            for key, whole in fused.named_parameters():
+                rows_of = whole.detach().unflatten(0, (3, rows))[i]
+                setattr(part, key, nn.Parameter(rows_of, requires_grad=whole.requires_grad))
+            self.add_module(name, part)
+        self.register_load_state_dict_pre_hook(_part_in_state)
+        self.register_state_dict_post_hook(_fuse_in_state)
+
+
+def _part_in_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in ("weight", "bias"):
+        if prefix + key in state:
+            parts = state.pop(prefix + key).chunk(3)
+            state.update({f"{prefix}{n}.{key}": t for n, t in zip("qkv", parts, strict=True)})
+
+
+def _fuse_in_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in ("weight", "bias"):
+        if f"{prefix}q.{key}" in state:
+            state[prefix + key] = torch.cat([state.pop(f"{prefix}{n}.{key}") for n in "qkv"])
 
 
 class _Attention(SelfAttention):
@@ -145,7 +169,11 @@ class _Attention(SelfAttention):
 
     mesh: DeviceMesh
 
-    @torch.compiler.disable
+    def project(self, x_TE: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of this rank's heads: `[T, E]` → `[T, H, D]` each."""
+        heads = (self.heads, self.head_dim)
+        return tuple(part(x_TE).unflatten(-1, heads) for part in self.qkv.children())
+
     def forward(self, x_TE: Tensor, attend: Attend) -> Tensor:
         """`[T, E]` → `[T, E]`.
 
