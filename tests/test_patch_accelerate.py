@@ -1,4 +1,4 @@
-"""Patched models under accelerate's own FSDP2, and transformers' Trainer on it, over two processes."""
+"""Patched models under accelerate's own FSDP2 and transformers' Trainer, over two processes."""
 
 import pytest
 import torch.multiprocessing as multiprocessing
