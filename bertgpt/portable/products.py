@@ -14,7 +14,7 @@ from torch.nn import functional as F
 _INNER = 1024  # terms that oneDNN adds up one after the other: with more, roundings show,
 _PART = 384  # and so they are added up in parts,
 _ROWS_OF_PARTS = 64  # where there are rows enough beside which copying the weight's is cheap
-_MULTIPLICATIONS = 2**21  # below, oneDNN's longer way to its kernel costs more than it saves
+_MULTIPLICATIONS = 3 * 2**19  # below, oneDNN's longer way to its kernel costs more than it saves
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -63,7 +63,7 @@ def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w.contiguous(), b, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), w.contiguous(), b, "none", [], "")
 
 
 def _is_float32_on_cpu(x: Tensor, w: Tensor) -> bool:
