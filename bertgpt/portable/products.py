@@ -14,7 +14,7 @@ from torch.nn import functional as F
 _INNER = 1024  # terms that oneDNN adds up one after the other: with more, roundings show,
 _PART = 384  # and so they are added up in parts,
 _ROWS_OF_PARTS = 64  # where there are rows enough beside which copying the weight's is cheap
-_MULTIPLICATIONS = 3 * 2**19  # below, oneDNN's longer way to its kernel costs more than it saves
+_MULTIPLICATIONS = 9 * 2**17  # below, oneDNN's longer way to its kernel costs more than it saves
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -44,18 +44,19 @@ def is_finite(y: Tensor) -> bool:
 
 
 def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
-    *outer, inner = x.shape
-    rows = math.prod(outer)
-    if rows * inner * w.shape[0] < _MULTIPLICATIONS:
+    if x.numel() * w.shape[0] < _MULTIPLICATIONS:
         return False
-    return inner <= _INNER or rows >= _ROWS_OF_PARTS
+    inner = w.shape[1]
+    return inner <= _INNER or x.numel() >= _ROWS_OF_PARTS * inner
 
 
 def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     """Whether oneDNN can multiply these as they lie: float32 on a CPU, without gradients."""
-    if not _is_float32_on_cpu(x, w) or 0 in (*x.shape, *w.shape):
+    if not _is_float32_on_cpu(x, w) or x.numel() == 0 or w.numel() == 0:
         return False
-    if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
+    if not (x.is_contiguous() and w.is_contiguous()):  # it would misread others
+        return False
+    if b is not None and not b.is_contiguous():
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
         return False
@@ -63,8 +64,8 @@ def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), w.contiguous(), b, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w.contiguous(), b, "none", [], "")
 
 
 def _is_float32_on_cpu(x: Tensor, w: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == w.dtype == torch.float32
+    return x.is_cpu and x.dtype == w.dtype == torch.float32
