@@ -140,6 +140,11 @@ class Request:
             return None
         return (self.finished_at - self.first_token_at) / later
 
+    def lateness(self, now: float) -> DeadlineExceeded:
+        """The error of a request that is not finished at its deadline, or after."""
+        waited = now - self.arrived
+        return DeadlineExceeded(f"the request was not finished after {waited:.3f} s")
+
     def cancel(self) -> None:
         """Ends it and gives its pages back; does nothing if it is finished."""
         self.engine.cancel(self)
