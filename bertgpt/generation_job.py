@@ -269,4 +269,6 @@ def _seeds(seed: int | Sequence[int] | None, prompts: int, do_sample: bool) -> S
         return [seed] * prompts
     if len(seed) != prompts:
         raise ValueError(f"{len(seed)} seeds for {prompts} prompts: give one each, or one for all")
+    if None in seed:
+        raise TypeError("each seed must be an integer, not None")
     return list(seed)
