@@ -7,7 +7,6 @@ Which texts those are is the scheduler's matter (`scheduler.py`), what happens i
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import threading
 from collections import deque
@@ -17,15 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from bertgpt.engine_async import SharedSteps
 from bertgpt.engine_loop import EngineLoop
 from bertgpt.engine_metrics import EngineMetrics
-from bertgpt.engine_request import (
-    DeadlineExceeded,
-    Request,
-    Text,
-    check_deadline,
-    check_priority,
-)
+from bertgpt.engine_request import DeadlineExceeded, Request, Text, check_deadline, check_priority
 from bertgpt.generation import GenerationMixin, NewToken
 from bertgpt.generation_job import BeamOptions, Length, make_job
 from bertgpt.kv_cache import PagedKVCache
@@ -112,7 +106,7 @@ class Engine:
         self._departures: deque[tuple[Request, str, Exception | None]] = deque()
         self._live: dict[int, Request] = {}
         self._lock = threading.Lock()  # held during a step
-        self._steps: dict[asyncio.AbstractEventLoop, asyncio.Task[bool]] = {}
+        self._steps = SharedSteps(self.step)
 
     def submit(
         self,
@@ -390,29 +384,12 @@ class Engine:
                     yield request.events[given - 1]
                 if finished:
                     break
-                await self._step_in_thread(request)
+                ended = await self._steps.wait(request.seconds_left(monotonic()))
+                if not (ended or request.finished):
+                    late = request.lateness(monotonic())
+                    self._departures.append((request, "deadline", late))
+                    raise late
         finally:
             self.cancel(request)
         if request.error is not None:
             raise request.error
-
-    async def _step_in_thread(self, request: Request) -> None:
-        """Waits for a step that whoever waits in this event loop shares, but no longer than it may."""
-        loop = asyncio.get_running_loop()
-        task = self._steps.get(loop)
-        if task is None or task.done():
-
-            def forget(done: asyncio.Task[bool]) -> None:
-                if self._steps.get(loop) is done:
-                    del self._steps[loop]
-                done.cancelled() or done.exception()  # perhaps nobody waits any more
-
-            task = self._steps[loop] = loop.create_task(asyncio.to_thread(self.step))
-            task.add_done_callback(forget)
-        left = None if request.deadline is None else max(request.deadline - monotonic(), 0)
-        done, _ = await asyncio.wait({task}, timeout=left)  # which leaves the task alone
-        if not done:
-            late = request.lateness(monotonic())
-            self._departures.append((request, "deadline", late))
-            raise late
-        task.result()

@@ -49,7 +49,6 @@ class EngineLoop:
         self._model = model
         self._watch = WeightWatch(model)
         self._misfit: str | None = None
-        self._outdated = False
         self._prefill_tokens = prefill_tokens
         self._rows: tuple[list[Text], SamplingRows] | None = None
         self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
@@ -86,7 +85,7 @@ class EngineLoop:
 
     def forget(self) -> None:
         """Before the next step, all that was read is forgotten."""
-        self._outdated = True
+        self._watch.tell()
 
     def step(self) -> None:
         """Reads a token of each text that is being written, then some of the prompts.
@@ -106,11 +105,11 @@ class EngineLoop:
         if change == "moved":
             self.decode_step.recapture()
             self._misfit = self._why_misfit()
-        if change is not None or self._outdated:
-            self._outdated = False
+        if change is not None:
             self.cache.forget()
             for text in list(self.scheduler.running):
                 self.scheduler.preempt(text)
+            self._watch.heeded()
         if self._watch.training:
             raise RuntimeError(
                 "the model, or a part of it, is in training mode, where dropout applies: call "

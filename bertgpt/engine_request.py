@@ -140,6 +140,10 @@ class Request:
             return None
         return (self.finished_at - self.first_token_at) / later
 
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds to its deadline, if it has one; 0 where that has passed."""
+        return None if self.deadline is None else max(self.deadline - now, 0.0)
+
     def lateness(self, now: float) -> DeadlineExceeded:
         """The error of a request that is not finished at its deadline, or after."""
         waited = now - self.arrived

@@ -12,7 +12,7 @@ from bertgpt import ops
 
 
 class Turn:
-    """A context for an engine's work: modes, device, order on the device, and whose errors are whose.
+    """A context for an engine's work: modes, device, order there, and whose errors are whose.
 
     Clients call from threads with modes, current devices and streams of their own. Within, tensors
     are ordinary ones that any later turn can write to, even if the client is in inference mode; the
@@ -32,10 +32,11 @@ class Turn:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """One turn."""
-        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        on_cuda = self._device.type == "cuda"
+        device = torch.cuda.device(self._device) if on_cuda else nullcontext()
         # In this order: leaving inference mode would otherwise let gradients be kept.
-        with torch.inference_mode(False), torch.no_grad(), on_device, ops.own_flags(self._flags):
-            if self._device.type == "cuda":
+        with torch.inference_mode(False), torch.no_grad(), device, ops.own_flags(self._flags):
+            if on_cuda:
                 self._follow(torch.cuda.current_stream(self._device))
             yield
 

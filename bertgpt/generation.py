@@ -18,8 +18,8 @@ from bertgpt import ops
 from bertgpt.beam_search import beam_search
 from bertgpt.generation_job import BeamOptions, Job, Length, make_job
 from bertgpt.kv_cache import PagedKVCache
-from bertgpt.paged_forward import make_cache, pages_for, read_prompts, read_tokens
 from bertgpt.packing import PackedBatch
+from bertgpt.paged_forward import make_cache, pages_for, read_prompts, read_tokens
 from bertgpt.pretrained import PreTrainedModel
 from bertgpt.sampling import (
     SamplingOptions,

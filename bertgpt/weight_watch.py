@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+Change = Literal["written", "moved"]
+
 
 class WeightWatch:
-    """Compares a model with what it was at the last look.
+    """Compares a model with what it was when its changes were last heeded.
 
     Seen are weights written in place (`load_state_dict`, `copy_`), written by one of torch's
-    optimizers, moved (`to`, `.data = …`) or replaced, and modules replaced. Not seen are writes that
-    torch does not count: through `.data` or `.detach().numpy()`, and to tensors that were made under
-    `torch.inference_mode()`.
+    optimizers, moved (`to`, `.data = …`) or replaced, and modules replaced. Not seen are writes
+    that torch does not count: through `.data` or `.detach().numpy()`, and to weights that were made
+    under `torch.inference_mode()`.
 
     Args:
         model: The model.
@@ -32,7 +34,7 @@ class WeightWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._optimized = False
+        self._change: Change | None = None
         self._read_structure()
         watch = weakref.ref(self)
 
@@ -49,23 +51,34 @@ class WeightWatch:
         """Whether the model, or a part of it, is in training mode."""
         return any(module.training for module in self._modules)
 
-    def look(self) -> Literal["written", "moved"] | None:
-        """What happened to the weights since the last look, and looks that way from now on.
+    def look(self) -> Change | None:
+        """What has happened to the weights.
 
         Returns:
             None if nothing has; "moved" if some lie elsewhere than they did, "written" if they are
-            where they were and hold other values.
+            where they were and hold other values. The same again until `heeded` is called, so that
+            an interrupt loses nothing.
         """
-        optimized, self._optimized = self._optimized, False
         parts = _values(self._tables)
         if len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
+            self._change = "moved"
             self._read_structure()
-            return "moved"
-        places, counts = self._places, self._counts
-        self._read_weights()
+            return self._change
+        places, counts = self._places_and_counts()
         if places != self._places:
-            return "moved"
-        return "written" if optimized or counts != self._counts else None
+            self._change = "moved"
+        elif counts != self._counts:
+            self.tell()
+        self._places, self._counts = places, counts
+        return self._change
+
+    def tell(self) -> None:
+        """Says that weights were written in a way that is not seen."""
+        self._change = self._change or "written"
+
+    def heeded(self) -> None:
+        """What the last look saw has been acted upon."""
+        self._change = None
 
     def _read_structure(self) -> None:
         self._modules = list(self._model.modules())
@@ -74,17 +87,18 @@ class WeightWatch:
         self._parts = _values(self._tables)
         self._weights = [part for part in self._parts if isinstance(part, Tensor)]
         self._counted = [weight for weight in self._weights if not weight.is_inference()]
-        self._read_weights()
+        self._places, self._counts = self._places_and_counts()
 
-    def _read_weights(self) -> None:
-        self._places = [weight.data_ptr() for weight in self._weights]
-        self._counts = [weight._version for weight in self._counted]
+    def _places_and_counts(self) -> tuple[list[int], list[int]]:
+        places = [weight.data_ptr() for weight in self._weights]
+        return places, [weight._version for weight in self._counted]
 
     def _notice(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step of any optimizer."""
         own = set(map(id, self._weights))
         groups = optimizer.param_groups
-        self._optimized |= any(id(weight) in own for group in groups for weight in group["params"])
+        if any(id(weight) in own for group in groups for weight in group["params"]):
+            self.tell()
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> list[Any]:

@@ -85,4 +85,5 @@ def under_sanitizer(name: str, *command: object) -> subprocess.CompletedProcess[
 def lend(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """Backend "cuda" runs on this module."""
     patch.setattr(extension, "_load", lambda: module)
-    patch.setattr(extension, "_FLAGS", ContextVar("flags", default={}))
+    flags: extension.Flags = {}
+    patch.setattr(extension, "_FLAGS", ContextVar("flags", default=flags))

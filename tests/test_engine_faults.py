@@ -169,7 +169,7 @@ def test_no_event_loop_is_kept():
 
     for _ in range(3):
         assert len(asyncio.run(serve())) == 3
-    assert not engine._steps
+    assert not engine._steps._running
 
 
 def test_a_loop_that_is_left_ends_its_request():
