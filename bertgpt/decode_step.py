@@ -53,7 +53,7 @@ class DecodeStep:
             self._tokens = torch.zeros(max_batch, dtype=torch.int64, device=cache.device)
         self._captured: dict[int, Step] = {}
         self._new_capture: Callable[[], Capture] = CudaCapture
-        self._capture = self._new_capture()
+        self._capture: Capture = self._new_capture()
         self.refusal = self._why_not()
 
     def advance(self, sequences: Sequence[int]) -> None:

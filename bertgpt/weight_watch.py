@@ -1,8 +1,7 @@
 """Whether a model is still what it was: its mode, its weights, and where they lie. Reads no value.
 
 Keys and values in a cache, and captured CUDA graphs, are those of the weights that they were made
-with. Torch counts the writes to a tensor, so it costs some ten microseconds, and no wait for a
-device, to see that there was one.
+with. Torch counts the writes to a tensor, so seeing that there was one takes no wait for a device.
 """
 
 from __future__ import annotations
@@ -46,6 +45,19 @@ class WeightWatch:
         handle = register_optimizer_step_post_hook(notice)
         weakref.finalize(self, handle.remove)
 
+    def _read_structure(self) -> None:
+        self._modules = list(self._model.modules())
+        tables = [t for m in self._modules for t in (m._modules, m._parameters, m._buffers)]
+        self._tables = [table for table in tables if table]
+        self._parts = _values(self._tables)
+        self._weights = [part for part in self._parts if isinstance(part, Tensor)]
+        self._counted = [weight for weight in self._weights if not weight.is_inference()]
+        self._places, self._counts = self._places_and_counts()
+
+    def _places_and_counts(self) -> tuple[list[int], list[int]]:
+        places = [weight.data_ptr() for weight in self._weights]
+        return places, [weight._version for weight in self._counted]
+
     @property
     def training(self) -> bool:
         """Whether the model, or a part of it, is in training mode."""
@@ -79,19 +91,6 @@ class WeightWatch:
     def heeded(self) -> None:
         """What the last look saw has been acted upon."""
         self._change = None
-
-    def _read_structure(self) -> None:
-        self._modules = list(self._model.modules())
-        tables = [t for m in self._modules for t in (m._modules, m._parameters, m._buffers)]
-        self._tables = [table for table in tables if table]
-        self._parts = _values(self._tables)
-        self._weights = [part for part in self._parts if isinstance(part, Tensor)]
-        self._counted = [weight for weight in self._weights if not weight.is_inference()]
-        self._places, self._counts = self._places_and_counts()
-
-    def _places_and_counts(self) -> tuple[list[int], list[int]]:
-        places = [weight.data_ptr() for weight in self._weights]
-        return places, [weight._version for weight in self._counted]
 
     def _notice(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step of any optimizer."""
