@@ -19,7 +19,7 @@ from torch import Tensor
 from bertgpt.engine_async import SharedSteps
 from bertgpt.engine_loop import EngineLoop
 from bertgpt.engine_metrics import EngineMetrics
-from bertgpt.engine_request import DeadlineExceeded, Request, Text, check_deadline, check_priority
+from bertgpt.engine_request import DeadlineExceeded, Request, Text, check_deadline, check_prompt
 from bertgpt.generation import GenerationMixin, NewToken
 from bertgpt.generation_job import BeamOptions, Length, make_job
 from bertgpt.kv_cache import PagedKVCache
@@ -297,9 +297,11 @@ class Engine:
         deadline: float | None = None,
     ) -> Request:
         """A request whose arguments are right, not yet among the others."""
+        if max_new_tokens is None:
+            raise TypeError("max_new_tokens must be an integer, not None")
         job = make_job(
             self.model,
-            [prompt.tolist() if isinstance(prompt, Tensor) else prompt],
+            [check_prompt(prompt)],
             Length(max_new_tokens, None),
             attention_mask=None,
             eos_token_id=eos_token_id,
@@ -322,7 +324,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=job.sampling[0],
             stop_tokens=job.stop.tokens,
-            priority=check_priority(priority),
+            priority=priority,
             log_probs=return_log_probs,
             arrived=now,
             deadline=None if seconds is None else now + seconds,

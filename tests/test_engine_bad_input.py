@@ -20,7 +20,10 @@ class Bytes:
     ("error", "message", "call"),
     [
         (ValueError, "is empty", {"prompt": []}),
-        (TypeError, "list of lists|integers", {"prompt": "words"}),
+        (TypeError, "prompt must be a list or 1-D tensor of .* not 'words'", {"prompt": "words"}),
+        (TypeError, "prompt must be a list or 1-D .* not 2-D", {"prompt": torch.ones(1, 2)}),
+        (TypeError, "prompt must be a list or 1-D tensor of .* not None", {"prompt": None}),
+        (TypeError, "max_new_tokens must be an integer, not None", {"max_new_tokens": None}),
         (TypeError, "integers|token ids", {"prompt": [1.5]}),
         (IndexError, "input_ids holds 61", {"prompt": [61]}),
         (ValueError, "leaves room for", {"prompt": [5] * 97}),
