@@ -1,10 +1,19 @@
 """The engine beside what else is done with its model: other modes, other weights, another place."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
-from engines import DRAWN, alone, nothing_is_left, small_engine, small_model
+from engines import (
+    DRAWN,
+    Scores,
+    alone,
+    nothing_is_left,
+    small_engine,
+    small_model,
+    some_prompts,
+)
 from test_decode_step import traced
 from torch.optim import optimizer as optimizers
 
@@ -142,6 +151,26 @@ def test_a_text_goes_on_with_the_new_weights(change):
         assert engine.model.generate([text], left, eos_token_id=())[0] == (
             request.prompt + request.tokens
         )
+    assert nothing_is_left(engine)
+
+
+def test_every_score_is_by_the_weights_of_its_step(monkeypatch):
+    """Over forks, evictions, preemptions and known prefixes, while weights change now and then."""
+    scores = Scores(monkeypatch)
+    engine = small_engine(num_pages=14, prefix_reuse=True)
+    for i, prompt in enumerate(some_prompts(8, longest=20)):
+        sampling = replace(DRAWN, seed=i)
+        engine.submit([7] * 16 + prompt, 10, sampling=sampling, num_return_sequences=1 + i % 3)
+    steps = 0
+    while engine.step():
+        steps += 1
+        if steps % 7 == 0:
+            with torch.no_grad():
+                engine.model.transformer.layers[1].norm_1.weight.add_(0.1)
+    metrics = engine.metrics()
+    assert scores.compared == metrics.new_tokens > 100
+    assert scores.worst < 1e-5
+    assert metrics.reused_tokens > 0
     assert nothing_is_left(engine)
 
 
