@@ -156,7 +156,10 @@ class MultipleChoice(Head):
             raise ValueError(
                 f"num_choices={num_choices} must divide the PackedBatch's {len(first)} sequences"
             )
-        rows = (value.flatten(0, 1) if isinstance(value, Tensor) else value for value in inputs)
+        rows = (  # as stock, which takes some of them without that dimension
+            value.flatten(0, 1) if isinstance(value, Tensor) and value.ndim > 2 else value
+            for value in inputs
+        )
         run = self._run(tuple(rows), flags)
         logits = self.classifier(self.dropout(self._pooled(run))).view(-1, num_choices)
         loss = None if labels is None else objectives.cross_entropy(logits, labels)
