@@ -15,7 +15,12 @@ COMMON = {
     "initializer_range": 0.3,  # large enough for heads, positions and masks to matter
 }
 CONFIGS = {
-    "Roberta": {**COMMON, "pad_token_id": 2, "type_vocab_size": 2, "layer_norm_eps": 1e-5},
+    "Roberta": {
+        **COMMON,
+        "pad_token_id": 2,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu_new",  # which the head for words does not follow
+    },
     "Albert": {
         **COMMON,
         "embedding_size": 10,

@@ -17,6 +17,8 @@ from bertgpt.recipes.finetune import Columns, Predictor, finetune, new_recipe
 from bertgpt.recipes.settings import Settings
 from bertgpt.text import load_tokenizer
 
+pytest.importorskip("accelerate")
+
 TEXTS = ["we saw the team in new york", "rates", "the bank was very today they said in oslo ?"]
 MARKS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
