@@ -59,7 +59,13 @@ def family_twins(name, **extra):
     """Our model and the stock one with the same random weights, and classes where it has any."""
     if name in TOKENS + SEQUENCES:
         extra = {"num_labels": 3, **extra}
-    return twins(bertgpt, name, {**CONFIGS[family_of(name)], **extra})
+    model, stock = twins(bertgpt, name, {**CONFIGS[family_of(name)], **extra})
+    with torch.no_grad():
+        for weight in stock.parameters():
+            if weight.ndim == 1:  # biases and norms, which start as if they were not there
+                weight.add_(0.3 * torch.randn_like(weight))
+    model.load_state_dict(stock.state_dict())
+    return model, stock
 
 
 def beside(name, *shape):

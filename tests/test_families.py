@@ -155,6 +155,33 @@ def test_dropout_falls_where_stocks_does(name):
             assert largest_difference(a, b, mask) <= TOLERANCE, rate
 
 
+def test_robertas_classifier_drops_before_its_hidden_layer_and_after():
+    """At probability 1 the second would hide the first: here is what each of them is given."""
+    name = "RobertaForSequenceClassification"
+    model, stock = family_twins(name)
+    inputs = padded_inputs(name, "right")
+    seen = {model: [], stock: []}
+    for each, dropout in ((model, model.dropout), (stock, stock.classifier.dropout)):
+        dropout.register_forward_hook(lambda _, given, out, each=each: seen[each].append(given[0]))
+        each(**inputs)
+    assert len(seen[stock]) == 2
+    for a, b in zip(seen[model], seen[stock], strict=True):
+        assert largest_difference(a, b) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_have_a_loss_with_both_labels_alone(name):
+    model, stock = family_twins(name)
+    inputs = padded_inputs(name, "right")
+    labels = targets(name, inputs["attention_mask"])
+    for label, values in labels.items():
+        assert model(**inputs, **{label: values}).loss is None
+        assert stock(**inputs, **{label: values}).loss is None
+    (label,) = set(labels) - {"labels"}
+    with pytest.raises(TypeError, match=f"{label} must be int32 or int64"):
+        model(**inputs, **{**labels, label: labels[label].float()})
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_embeddings_and_positions_given(name):
     model, stock = family_twins(name)
