@@ -77,6 +77,7 @@ _EXPORTS = {
     "GPTNeoConfig": "bertgpt.gpt_neo",
     "GPTNeoModel": "bertgpt.gpt_neo",
     "GPTNeoForCausalLM": "bertgpt.gpt_neo",
+    "tensor_parallel": "bertgpt.parallel",
     "PagedKVCache": "bertgpt.kv_cache",
     "OutOfPages": "bertgpt.kv_cache",
     "DecodeBatch": "bertgpt.decode_batch",

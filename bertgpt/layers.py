@@ -180,10 +180,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TE: Tensor, attend: Attend) -> Tensor:
         """`[T, E]` → `[T, E]`."""
-        q, k, v = self.qkv(x_TE).view(-1, 3, self.heads, self.head_dim).unbind(1)
+        return self.out(self.mix(x_TE, attend))
+
+    def project(self, x_TE: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values: `[T, E]` → `[T, H, D]` each."""
+        return self.qkv(x_TE).view(-1, 3, self.heads, self.head_dim).unbind(1)
+
+    def mix(self, x_TE: Tensor, attend: Attend) -> Tensor:
+        """What the heads see, end to end: `[T, E]` → `[T, H · D]`."""
+        q, k, v = self.project(x_TE)
         dropout_p = self.dropout if self.training else 0.0
-        mixed = attend(q, k, v, self.layer, self.scale, dropout_p, self.window)
-        return self.out(mixed.flatten(1))
+        return attend(q, k, v, self.layer, self.scale, dropout_p, self.window).flatten(1)
 
 
 class FeedForward(nn.Module):

@@ -58,7 +58,8 @@ def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if x.numel() == x.shape[-1]:  # of a single row oneDNN adds the terms up in another order
         return _onednn(x.reshape(1, -1).expand(2, -1), w, b)[0].view(*x.shape[:-1], -1)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w.contiguous(), b, "none", [], "")
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return multiply(x.contiguous(), w.contiguous(), b, "none", [], "")
 
 
 def _is_float32_on_cpu(x: Tensor, w: Tensor) -> bool:
