@@ -72,7 +72,8 @@ class Engine:
 
         Raises:
             TypeError: `model` is no language model of this library, or a size no int.
-            ValueError: The model is in training mode, or a size out of its range.
+            ValueError: The model is in training mode or split over ranks, or a size out of its
+                range.
         """
         if not isinstance(model, GenerationMixin):
             raise TypeError(
@@ -81,6 +82,11 @@ class Engine:
             )
         if model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
+        if model.mesh is not None:
+            raise ValueError(
+                "the model is split over ranks, whose engines would not take the same steps: call "
+                "its generate(), or give each rank a whole model and an engine of its own"
+            )
         for name, size in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             check_int(name, size)
             if size < 1:

@@ -175,7 +175,10 @@ def make_job(
     enter(model.transformer.limits, batch)
     if beams.num_beams > 1 and model.config.vocab_size < max(2, 1 + len(tokens)):
         raise ValueError(f"a vocabulary of {model.config.vocab_size} is too small for beam search")
-    seeds = _seeds(sampling.seed if seed is None else seed, len(batch), sampling.do_sample)
+    seed = sampling.seed if seed is None else seed
+    if model.mesh is not None and sampling.do_sample and seed is None:
+        raise ValueError("seed must be given: ranks that share a model would each draw their own")
+    seeds = _seeds(seed, len(batch), sampling.do_sample)
     return Job(
         batch=batch,
         limits=limits,

@@ -101,13 +101,13 @@ def pages_for(lengths: Sequence[int], limits: Sequence[int], texts: int, page_si
 
 
 def make_cache(model: GenerationMixin, num_pages: int, page_size: int) -> PagedKVCache:
-    """A cache of the model's shape, dtype and device."""
-    config = model.config
+    """A cache of the model's shape, dtype and device, for the heads that this rank computes."""
+    config, ranks = model.config, 1 if model.mesh is None else model.mesh.size()
     return PagedKVCache(
         num_pages=max(num_pages, 1),
         page_size=page_size,
         num_layers=max(config.num_hidden_layers, 1),
-        num_kv_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads // ranks,
         head_dim=config.hidden_size // config.num_attention_heads,
         dtype=model.dtype,
         device=model.device,

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch import nn
 from bertgpt import checkpoint
 from bertgpt.configuration import PathLike, PretrainedConfig
 from bertgpt.layers import AddNorm, Block
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -27,12 +30,14 @@ class PreTrainedModel(nn.Module):
         supports_gradient_checkpointing: True, for a loop that asks.
         tied_weights: Hugging Face names that share another name's tensor when
             `config.tie_word_embeddings`.
+        mesh: the ranks that `bertgpt.tensor_parallel` has split it over; None where it is whole.
     """
 
     config_class: ClassVar[type[PretrainedConfig]] = PretrainedConfig
     base_model_prefix: ClassVar[str] = ""
     supports_gradient_checkpointing: ClassVar[bool] = True
     tied_weights: ClassVar[dict[str, str]] = {}
+    mesh: DeviceMesh | None = None
 
     def __init__(self, config: Any) -> None:
         if not isinstance(config, self.config_class):
@@ -91,6 +96,12 @@ class PreTrainedModel(nn.Module):
                 if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                     weight[module.padding_idx].zero_()
 
+    def _apart(self, names: set[str]) -> set[str]:
+        """Those of `names` whose parameter goes by no other name than these."""
+        known = dict(self.named_parameters(remove_duplicate=False))
+        others = {id(weight) for name, weight in known.items() if name not in names}
+        return {name for name in names if id(known[name]) not in others}
+
     @classmethod
     def from_pretrained(
         cls: type[Model],
@@ -137,8 +148,8 @@ class PreTrainedModel(nn.Module):
         if config.tie_word_embeddings and checkpoint.tie_broken(stored, cls.tied_weights):
             config.tie_word_embeddings = False  # as transformers: what is stored apart stays apart
         tied = cls.tied_weights if config.tie_word_embeddings else {}
-        if isinstance(config.num_hidden_layers, int):  # if not, the model says so
-            checkpoint.check_depth(stored, config.num_hidden_layers)
+        if isinstance(config.stored_layers, int):  # if not, the model says so
+            checkpoint.check_depth(stored, config.stored_layers)
         with torch.device("meta"):
             model = cls(config)
         found, missing, surplus = checkpoint.match_names(
@@ -156,7 +167,7 @@ class PreTrainedModel(nn.Module):
         model.tie_weights()
         unfilled = model.load_state_dict(checkpoint.read_tensors(found), strict=False)
         if missing:
-            model._initialise(set(unfilled.missing_keys) - set(tied))
+            model._initialise(model._apart(set(unfilled.missing_keys)))
             warnings.warn(
                 f"{folder} has no weights for {', '.join(missing)}: they start fresh, train them "
                 "before use",
@@ -167,16 +178,26 @@ class PreTrainedModel(nn.Module):
     def save_pretrained(self, path: PathLike) -> None:
         """Writes config.json and model.safetensors, which stock transformers loads.
 
+        A model that is split over ranks must be saved by all of them; the first one writes.
+
         Args:
             path: the folder, made if absent.
         """
         tied = self.tied_weights if self.config.tie_word_embeddings else {}
-        state = {name: t for name, t in self.state_dict().items() if name not in tied}
+        state: dict[str, Any] = {n: t for n, t in self.state_dict().items() if n not in tied}
         values = self.config.to_dict()
         values.pop("torch_dtype", None)
         values["dtype"] = str(self.dtype).removeprefix("torch.")
         values["architectures"] = [type(self).__name__]
-        checkpoint.write_folder(Path(path), values, state)
+        if self.mesh is None:
+            checkpoint.write_folder(Path(path), values, state)
+            return
+        state = {name: tensor.full_tensor() for name, tensor in state.items()}
+        try:
+            if self.mesh.get_local_rank() == 0:
+                checkpoint.write_folder(Path(path), values, state)
+        finally:
+            torch.distributed.barrier(self.mesh.get_group())
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bertgpt import ops
+from bertgpt import ops, portable
 from bertgpt.integrations.inspection import (
     dropout_of,
     first_obstacle,
@@ -20,6 +20,7 @@ from bertgpt.integrations.inspection import (
 )
 from bertgpt.integrations.padding import Packing, attend_padded
 from bertgpt.ops._checks import autocasting
+from bertgpt.ops._watched import alone
 
 Mask = Packing | Tensor | None
 
@@ -69,7 +70,8 @@ class Attention(NamedTuple):
         if len(self.projections) == 1:
             parts = self.projections[0](x).chunk(3, dim=-1)
         else:
-            parts = [projection(x) for projection in self.projections]
+            read = alone(x)
+            parts = [_linear(projection, x, read) for projection in self.projections]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
@@ -80,7 +82,16 @@ class Attention(NamedTuple):
             mixed = mask.attend(q, k, v, self.scale, p, self.causal, self.window)
         else:
             mixed = attend_padded(q, k, v, mask, self.scale, p, self.causal, self.window)
-        return self.out(mixed.flatten(-2))
+        mixed = mixed.flatten(-2)
+        return _linear(self.out, mixed, alone(mixed))
+
+
+def _linear(module: Any, x: Tensor, read: bool) -> Tensor:
+    """What the module gives, by its weights where they may be read: on a CPU's faster GEMM."""
+    if read and unread(module, nn.Linear) is None and module.weight.dtype == x.dtype:
+        return portable.products.linear(x, module.weight, module.bias)
+    made: Tensor = module(x)
+    return made
 
 
 _PLAIN = (nn.Linear, Conv1D)
@@ -122,9 +133,10 @@ class FeedForward(NamedTuple):
             return outer(self.activation(inner(x)))
         if unread(inner, nn.Linear) or unread(outer, nn.Linear):
             return outer(nn.functional.gelu(inner(x), approximate=gelu))
-        out: Tensor = ops.gelu_ffn(
-            x, inner.weight, inner.bias, outer.weight, outer.bias, approximate=gelu
-        )
+        weights = inner.weight, inner.bias, outer.weight, outer.bias
+        if alone(x) and weights[0].dtype == weights[2].dtype == x.dtype:
+            return portable.gelu_ffn(x, *weights, approximate=gelu)
+        out: Tensor = ops.gelu_ffn(x, *weights, approximate=gelu)
         return out
 
 
@@ -139,12 +151,18 @@ def add_norm(
 
     In the dtype of the residual stream, as stock code adds: under autocast that is wider than x.
     """
+    made: Any
     p = 0.0 if dropout is None else dropout_of(dropout)
     if p is None or unread(norm, nn.LayerNorm) or norm.weight.dtype != residual.dtype:
         total = (x if dropout is None else dropout(x)) + residual
         return norm(total), total
+    if p == 0.0 and x.dtype == residual.dtype and alone(x):
+        made = portable.add_layer_norm(
+            x, residual, norm.weight, norm.bias, eps=norm.eps, return_sum=return_sum
+        )
+        return made if return_sum else (made, made)
     with _without_autocast(x.device.type):
-        made: Any = ops.add_layer_norm(
+        made = ops.add_layer_norm(
             x.to(residual.dtype),
             residual,
             norm.weight,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from bertgpt import ops
+from bertgpt import ops, portable
+from bertgpt.ops._watched import alone
 from bertgpt.packing import PackedBatch, pad, unpad
 
 Window = tuple[int, int] | None
@@ -158,6 +159,9 @@ def attend_padded(
         causal = causal and mask is None and q.shape[1] > 1
         if causal and k.shape[1] > q.shape[1]:  # the empty slots of a static cache
             k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    if mask is None and dropout_p == 0.0 and alone(q) and q.dtype == k.dtype == v.dtype:
+        mixed: Any = portable.attention(q, k, v, causal=causal, window=window, scale=scale)
+        return mixed
     out: Tensor = ops.attention(
         q, k, v, mask=mask, causal=causal, window=window, scale=scale, dropout_p=dropout_p
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
@@ -47,6 +48,22 @@ def watched(tensors: Sequence[Any]) -> bool:
             return True
     first = tensors[0]  # the others lie where it does, or the check will say so
     return isinstance(first, Tensor) and not (first.is_cpu or first.is_cuda)
+
+
+def alone(x: Tensor) -> bool:
+    """Whether a call on x is the torch backend's whatever else it holds: inference on a CPU.
+
+    And nothing watches it, nor does autocast apply. Who has checked the other arguments, and asks
+    for no dropout, may then call `bertgpt.portable`, which takes a fraction of an op's time where
+    there are few tokens.
+    """
+    return (
+        not watched((x,))
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch._C._is_any_autocast_enabled()
+        and not tangents()
+    )
 
 
 def tangents() -> bool:
