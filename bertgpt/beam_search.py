@@ -119,7 +119,7 @@ class Search:
 @torch.no_grad()
 def beam_search(model: GenerationMixin, job: Job, page_size: int) -> list[Beam]:
     """The best n texts of each prompt, prompt after prompt, best first."""
-    batch, width = job.batch, job.beams.num_beams
+    batch, width = job.batch.to(model.device), job.beams.num_beams
     cache = make_cache(model, pages_for(batch.lengths, job.limits, width, page_size), page_size)
     owners = [[cache.allocate(length)] for length in batch.lengths]
     logits = read_prompts(model, cache, [one for (one,) in owners], batch)

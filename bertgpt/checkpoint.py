@@ -214,8 +214,8 @@ def check_depth(stored: Mapping[str, Entry], layers: int) -> None:
     Raises:
         ValueError: `layers` exceeds them.
     """
-    found = [re.search(r"(?:^|\.)(?:layer|h)\.(\d{1,9})\.", name) for name in stored]
-    depth = max((int(match[1]) + 1 for match in found if match), default=0)
+    found = [re.match(r"(?:.+\.)?(?:layer|albert_layers|h)\.\d{1,9}\.", name) for name in stored]
+    depth = len({match[0] for match in found if match})
     if layers > depth:
         place = next(iter(stored.values())).file if stored else "the checkpoint"
         raise ValueError(f"{place} holds {depth} layers, but {CONFIG} asks for {layers}")

@@ -72,7 +72,7 @@ def demo() -> None:
 
 @app.command()
 def embed(
-    model: Annotated[Path, _folder("Folder of a BERT checkpoint and its tokenizer.")],
+    model: Annotated[Path, _folder("Folder of a BERT (or the like) and its tokenizer.")],
     file: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="Text file, one text a line.")
     ],

@@ -71,6 +71,11 @@ class PretrainedConfig:
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     @property
+    def stored_layers(self) -> Any:
+        """Number of layers that have weights of their own."""
+        return self.num_hidden_layers
+
+    @property
     def num_labels(self) -> int:
         """Number of classes, 2 unless labels are named."""
         return 2 if self.id2label is None else len(self.id2label)
@@ -90,9 +95,10 @@ class PretrainedConfig:
             ValueError: the keys say that they belong to another kind of model.
         """
         kind = values.get("model_type", cls.model_type)
-        if kind != cls.model_type:
-            raise ValueError(f"this config's model_type is {kind!r}, not {cls.model_type!r}")
-        return cls(**{**values, **overrides})
+        for named in (cls, *cls.__subclasses__()):  # a family may go by several names
+            if named.model_type == kind:
+                return named(**{**values, **overrides})
+        raise ValueError(f"this config's model_type is {kind!r}, not {cls.model_type!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and every unknown key, ready for config.json."""
@@ -144,7 +150,7 @@ def refuse(instead: str, **arguments: Any) -> None:
         require(not given, name, _GIVEN, instead)
 
 
-_MAY_BE_ZERO = ("num_hidden_layers", "n_layer", "num_layers", "type_vocab_size")
+_MAY_BE_ZERO = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "type_vocab_size")
 _NOT_DONE = {
     "quantization_config": "load full-precision weights",
     "pruned_heads": "load a checkpoint with all its heads",
@@ -165,7 +171,7 @@ def _check_numbers(config: Any) -> None:
             least = 0 if known.name in _MAY_BE_ZERO else 1
             whole = number and isinstance(value, int) and value >= least
             require(whole, known.name, value, f"it must be an integer of {least} or more")
-        elif kind == "float" and known.name.endswith(("_prob", "_pdrop", "_dropout")):
+        elif kind == "float" and known.name.endswith(("_prob", "_pdrop", "dropout")):
             probable = number and 0.0 <= value <= 1.0
             require(probable, known.name, value, "it must be a probability, from 0 to 1")
         elif kind == "float":
@@ -225,11 +231,9 @@ def check_shapes(
 
 
 def _check_tokens(config: Any) -> None:
-    """Padding and stop tokens are ids; BERT's padding token has an embedding of its own."""
-    padding, words = config.pad_token_id, config.vocab_size
+    """Padding and stop tokens are ids."""
+    padding = config.pad_token_id
     require(padding is None or _is_id(padding), "pad_token_id", padding, "it must be a token id")
-    if config.model_type == "bert" and padding is not None:
-        require(-words <= padding < words, "pad_token_id", padding, f"the vocabulary has {words}")
     stops = getattr(config, "eos_token_id", None)
     known = stops is None or all(map(_is_id, stops if isinstance(stops, list) else [stops]))
     require(known, "eos_token_id", stops, "it must be a token id or a list of them")

@@ -33,6 +33,7 @@ class DecodeBatch:
         positions: int64 [B], of the step's tokens; 0 for a row without a sequence.
     """
 
+    @torch.inference_mode(False)  # whatever the caller is in, each step writes to them
     def __init__(self, cache: PagedKVCache, size: int, max_tokens: int) -> None:
         """Makes the tensors, on the cache's device.
 

@@ -49,9 +49,11 @@ class DecodeStep:
         self._model = model
         self._cache = cache
         self._batch = DecodeBatch(cache, max_batch, max_tokens)
-        self._tokens = torch.zeros(max_batch, dtype=torch.int64, device=cache.device)
+        with torch.inference_mode(False):  # as the batch's tensors
+            self._tokens = torch.zeros(max_batch, dtype=torch.int64, device=cache.device)
         self._captured: dict[int, Step] = {}
-        self._capture: Capture = CudaCapture()
+        self._new_capture: Callable[[], Capture] = CudaCapture
+        self._capture: Capture = self._new_capture()
         self.refusal = self._why_not()
 
     def advance(self, sequences: Sequence[int]) -> None:
@@ -83,6 +85,11 @@ class DecodeStep:
                 self.refusal = f"capturing a step of {bucket} texts failed: {error}"
             return scores[:count]
         return self._captured[bucket]()[:count]
+
+    def recapture(self) -> None:
+        """Drops the graphs: they read weights where these no longer lie."""
+        self._captured.clear()
+        self._capture = self._new_capture()
 
     def _forward(self, rows: int) -> Tensor:
         batch = self._batch

@@ -7,10 +7,10 @@ made and costs none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertgpt.packing import PackedBatch, pad, unpad
 
@@ -21,15 +21,26 @@ class Limits:
 
     Attributes:
         vocab: number of words.
-        positions: longest sequence.
+        positions: length of the position table.
         types: number of token types.
         width: features of an embedding, E.
+        tasks: number of task types.
+        padding: id of the padding token, where a token's position is its number among those that
+            are no padding tokens, from one past this id; a padding token's is this id. None where
+            positions are columns.
     """
 
     vocab: int
     positions: int
     types: int
     width: int
+    tasks: int = 0
+    padding: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a sequence may have."""
+        return self.positions - (0 if self.padding is None else self.padding + 1)
 
 
 def enter(
@@ -39,6 +50,7 @@ def enter(
     token_type_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    task_type_ids: Tensor | None = None,
 ) -> PackedBatch:
     """Packs a model's arguments and checks them.
 
@@ -48,8 +60,10 @@ def enter(
             comes alone.
         attention_mask: `[B, L]`, nonzero for real tokens, wherever they are; None keeps all.
         token_type_ids: `[B, L]` or broadcastable to it.
-        position_ids: likewise; by default each token's column in the padded tensor.
+        position_ids: likewise; by default each token's column in the padded tensor, or as
+            `limits.padding` says.
         inputs_embeds: `[B, L, E]` in place of `input_ids`.
+        task_type_ids: as `token_type_ids`.
 
     Returns:
         The packed batch.
@@ -65,6 +79,7 @@ def enter(
         "token_type_ids": token_type_ids,
         "position_ids": position_ids,
         "inputs_embeds": inputs_embeds,
+        "task_type_ids": task_type_ids,
     }
     for name, value in rest.items():
         if value is not None and not isinstance(value, Tensor):
@@ -74,11 +89,20 @@ def enter(
             if value is not None:
                 raise ValueError(f"{name} beside a PackedBatch: give it to pack() instead")
         batch = input_ids
-    else:
-        padded = _one_input(input_ids, inputs_embeds)
-        if padded.shape[1] > limits.positions and position_ids is None:
-            raise _too_long(padded.shape[1], limits.positions)
-        batch = _unpad(padded, attention_mask, token_type_ids, position_ids)
+        _check(batch, limits)
+        if limits.padding is not None and batch.position_ids is None:
+            batch = _number(batch, limits.padding)
+        return batch
+    padded = _one_input(input_ids, inputs_embeds)
+    given = position_ids
+    if given is None and limits.padding is not None:
+        position_ids = _numbers(padded, limits.padding)
+    elif given is None and padded.shape[1] > limits.longest:
+        raise _too_long(padded.shape[1], limits)
+    batch = _unpad(padded, attention_mask, token_type_ids, position_ids, task_type_ids)
+    last = batch.ranges.get("position_ids", (0, 0))[1]
+    if given is None and last >= limits.positions:
+        raise _too_long(last - limits.positions + 1 + limits.longest, limits)
     _check(batch, limits)
     return batch
 
@@ -134,9 +158,14 @@ def _unpad(
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
+    task_type_ids: Tensor | None,
 ) -> PackedBatch:
     shape = (padded.shape[0], padded.shape[1])
-    given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+    given = {
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+        "task_type_ids": task_type_ids,
+    }
     ids: dict[str, Tensor] = {}
     for name, value in given.items():
         if value is None:
@@ -168,21 +197,45 @@ def _check(batch: PackedBatch, limits: Limits) -> None:
             )
     elif batch.values.ndim != 1 or batch.values.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int32 or int64, not {batch.values.dtype}")
-    if batch.position_ids is None and batch.max_seqlen > limits.positions:
-        raise _too_long(batch.max_seqlen, limits.positions)
+    if batch.position_ids is None and batch.max_seqlen > limits.longest:
+        raise _too_long(batch.max_seqlen, limits)
     sizes = {
         "input_ids": limits.vocab,
         "token_type_ids": limits.types,
         "position_ids": limits.positions,
+        "task_type_ids": limits.tasks,
     }
     for name, (low, high) in batch.ranges.items():
+        if not sizes[name]:
+            raise ValueError(f"{name}: this model has no embeddings for them, leave them out")
         if low < 0 or high >= sizes[name]:
             worst = low if low < 0 else high
             raise IndexError(f"{name} holds {worst}, outside 0 … {sizes[name] - 1}")
 
 
-def _too_long(length: int, positions: int) -> ValueError:
+def _too_long(length: int, limits: Limits) -> ValueError:
     return ValueError(
-        f"a sequence of {length} tokens is longer than the model's position table, {positions}: "
-        "truncate it"
+        f"a sequence of {length} tokens is longer than the model's position table, "
+        f"{limits.longest}: truncate it"
     )
+
+
+def _numbers(padded: Tensor, padding: int) -> Tensor:
+    """Position of each cell `[B, L]`, padded ids counted past the padding token, embeddings all."""
+    real = padded != padding if padded.ndim == 2 else torch.ones_like(padded[..., 0])
+    return real.long().cumsum(1) * real.long() + padding
+
+
+def _number(batch: PackedBatch, padding: int) -> PackedBatch:
+    """The batch with each token's position: its number in its sequence, as `_numbers` counts."""
+    places = batch.positions() + 1
+    if batch.values.ndim == 1:
+        skipped = (batch.values == padding).long()
+        before = nn.functional.pad(skipped.cumsum(0), (1, 0))
+        starts = before[batch.cu_seqlens[:-1].long()]
+        lengths = batch.cu_seqlens.diff()
+        starts = starts.repeat_interleave(lengths, output_size=len(skipped))
+        places = (places + starts - before[1:]) * (1 - skipped)
+    # Bounds known without asking the device.
+    ranges = {**batch.ranges, "position_ids": (padding, padding + batch.max_seqlen)}
+    return replace(batch, position_ids=places + padding, ranges=ranges)

@@ -1,6 +1,6 @@
 """Sentences to vectors, as a sentence-transformers folder describes: tokenize, encode, pool.
 
-A plain BERT folder works too: the mean over all tokens, scaled to length 1.
+A plain folder of BERT or a family like it works too: the mean over all tokens, scaled to length 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from bertgpt import ops
-from bertgpt.bert import BertModel
+from bertgpt.auto import encoder_class
+from bertgpt.bert_encoder import Encoder
 from bertgpt.checkpoint import read_json
 from bertgpt.packing import PackedBatch, pack
 from bertgpt.text import load_tokenizer, read_settings
@@ -32,7 +33,7 @@ _SWITCHES = {
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """A BERT model, its tokenizer, and how token states become one vector a sentence.
+    """An encoder, its tokenizer, and how token states become one vector a sentence.
 
     Attributes:
         model: The encoder.
@@ -42,7 +43,7 @@ class SentenceEncoder:
         max_length: Longest input in tokens; what is longer is cut there.
     """
 
-    model: BertModel
+    model: Encoder
     tokenizer: Any
     pooling: str
     normalize: bool
@@ -64,7 +65,7 @@ class SentenceEncoder:
         with warnings.catch_warnings():
             # Many such checkpoints hold no pooler, and vectors do not come from it.
             warnings.filterwarnings("ignore", message=".* has no weights for pooler")
-            model = BertModel.from_pretrained(folder).to(device)
+            model = encoder_class(folder).from_pretrained(folder).to(device)
         model.pooler = None
         words, vocabulary = model.config.vocab_size, tokenizer.get_vocab_size()
         if vocabulary > words:
@@ -72,7 +73,7 @@ class SentenceEncoder:
                 f"{folder}: its tokenizer has {vocabulary} tokens, but its model embeds {words}; "
                 "one of them belongs to another folder"
             )
-        limit = model.config.max_position_embeddings
+        limit = model.limits.longest
         max_length = min(limit, _read_longest(folder / "sentence_bert_config.json") or limit)
         tokenizer.enable_truncation(max_length)
         return cls(model, tokenizer, pooling, normalize, max_length)

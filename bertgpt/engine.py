@@ -7,7 +7,6 @@ Which texts those are is the scheduler's matter (`scheduler.py`), what happens i
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import threading
 from collections import deque
@@ -17,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from bertgpt.engine_async import SharedSteps
 from bertgpt.engine_loop import EngineLoop
 from bertgpt.engine_metrics import EngineMetrics
-from bertgpt.engine_request import DeadlineExceeded, Request, Text, check_deadline, check_priority
+from bertgpt.engine_request import DeadlineExceeded, Request, Text, check_deadline, check_prompt
 from bertgpt.generation import GenerationMixin, NewToken
 from bertgpt.generation_job import BeamOptions, Length, make_job
 from bertgpt.kv_cache import PagedKVCache
@@ -109,10 +109,10 @@ class Engine:
         self._max_batch = max_batch
         self._numbers = itertools.count()
         self._arrivals: deque[Request] = deque()
-        self._departures: deque[Request] = deque()
+        self._departures: deque[tuple[Request, str, Exception | None]] = deque()
         self._live: dict[int, Request] = {}
         self._lock = threading.Lock()  # held during a step
-        self._steps: dict[asyncio.AbstractEventLoop, asyncio.Task[bool]] = {}
+        self._steps = SharedSteps(self.step)
 
     def submit(
         self,
@@ -181,20 +181,27 @@ class Engine:
         if request.engine is not self:
             raise ValueError("the request was submitted to another engine")
         if not request.finished:
-            self._departures.append(request)
+            self._departures.append((request, "cancelled", None))
             self._settle()
 
     def step(self) -> bool:
         """Runs one step.
 
+        Weights that have changed since the last one are heeded: texts that are being written are
+        read again with them, and nothing that was read before is reused.
+
         Returns:
             Whether some request is not finished.
+
+        Raises:
+            RuntimeError: The model is in training mode, or has another dtype or device than it had.
+                The requests wait until it is fit again.
         """
         try:
-            with self._lock:
+            with self._lock, self._loop.turn():
                 self._sweep()
                 self._loop.step()
-                self._forget()
+                self._drop_finished()
                 return bool(self._live or self._arrivals)
         finally:
             self._settle()
@@ -242,7 +249,7 @@ class Engine:
         """Continues a prompt for an asyncio program: `async for new in engine.stream(…)`.
 
         Steps run in a thread while somebody waits for a token. An iterator that is closed, or whose
-        task is cancelled, cancels its request.
+        task is cancelled, cancels its request. Whoever waits at its deadline hears of it then.
 
         Args:
             prompt: Token ids.
@@ -257,13 +264,25 @@ class Engine:
         """
         return self._follow(self._request(prompt, max_new_tokens, **options))
 
+    def forget(self) -> None:
+        """Before the next step, all that was read so far is forgotten.
+
+        No later prompt begins with pages of an earlier one, and texts that are being written are
+        read again. A step does this by itself when it sees that weights have changed; this is for
+        changes that torch does not count, such as a write to `weight.data`.
+        """
+        self._loop.forget()
+
     def explain(self) -> str:
-        """Says whether decoding steps are replayed from CUDA graphs and, if not, why."""
+        """Says what of a decoding step is replayed from CUDA graphs and, if nothing, why."""
         step = self._loop.decode_step
         if step.refusal is not None:
             return f"decoding steps launch their kernels one by one: {step.refusal}"
         sizes = ", ".join(map(str, step.buckets))
-        return f"decoding steps are replayed from one CUDA graph for each batch of {sizes} texts"
+        return (
+            "the forward pass of decoding steps, up to the scores, is replayed from one CUDA graph "
+            f"for each batch of {sizes} texts; choosing the tokens follows outside the graph"
+        )
 
     def metrics(self) -> EngineMetrics:
         """What the engine has done so far."""
@@ -284,9 +303,11 @@ class Engine:
         deadline: float | None = None,
     ) -> Request:
         """A request whose arguments are right, not yet among the others."""
+        if max_new_tokens is None:
+            raise TypeError("max_new_tokens must be an integer, not None")
         job = make_job(
             self.model,
-            [prompt.tolist() if isinstance(prompt, Tensor) else prompt],
+            [check_prompt(prompt)],
             Length(max_new_tokens, None),
             attention_mask=None,
             eos_token_id=eos_token_id,
@@ -309,7 +330,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=job.sampling[0],
             stop_tokens=job.stop.tokens,
-            priority=check_priority(priority),
+            priority=priority,
             log_probs=return_log_probs,
             arrived=now,
             deadline=None if seconds is None else now + seconds,
@@ -340,16 +361,14 @@ class Engine:
             self._live[request.number] = request
             self._loop.scheduler.add(request.texts[0])
         while self._departures:
-            self._loop.end(self._departures.popleft(), "cancelled")
+            self._loop.end(*self._departures.popleft())
         now = monotonic()
         for request in self._live.values():
             if request.deadline is not None and now >= request.deadline:
-                waited = now - request.arrived
-                error = DeadlineExceeded(f"the request was not finished after {waited:.3f} s")
-                self._loop.end(request, "deadline", error)
-        self._forget()
+                self._loop.end(request, "deadline", request.lateness(now))
+        self._drop_finished()
 
-    def _forget(self) -> None:
+    def _drop_finished(self) -> None:
         for number in [n for n, request in self._live.items() if request.finished]:
             del self._live[number]
 
@@ -357,7 +376,8 @@ class Engine:
         """Ends cancelled requests, unless a step is running: then that calls this at its end."""
         while self._departures and self._lock.acquire(blocking=False):
             try:
-                self._sweep()
+                with self._loop.turn():
+                    self._sweep()
             finally:
                 self._lock.release()
 
@@ -372,22 +392,12 @@ class Engine:
                     yield request.events[given - 1]
                 if finished:
                     break
-                await self._step_in_thread()
+                ended = await self._steps.wait(request.seconds_left(monotonic()))
+                if not (ended or request.finished):
+                    late = request.lateness(monotonic())
+                    self._departures.append((request, "deadline", late))
+                    raise late
         finally:
             self.cancel(request)
         if request.error is not None:
             raise request.error
-
-    async def _step_in_thread(self) -> None:
-        """Waits for a step that whoever waits in this event loop shares."""
-        loop = asyncio.get_running_loop()
-        task = self._steps.get(loop)
-        if task is None or task.done():
-
-            def forget(done: asyncio.Task[bool]) -> None:
-                if self._steps.get(loop) is done:
-                    del self._steps[loop]
-
-            task = self._steps[loop] = loop.create_task(asyncio.to_thread(self.step))
-            task.add_done_callback(forget)
-        await asyncio.shield(task)  # one of those who wait may be cancelled

@@ -7,9 +7,8 @@ request. Nothing here waits or locks: `engine.py` does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from time import monotonic
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,13 @@ from bertgpt import ops
 from bertgpt.decode_step import DecodeStep
 from bertgpt.engine_metrics import EngineMetrics, Mean
 from bertgpt.engine_request import Request, Text
+from bertgpt.engine_turn import Turn
 from bertgpt.generation import GenerationMixin, NewToken
 from bertgpt.kv_cache import OutOfPages, PagedKVCache, staged
 from bertgpt.paged_forward import read_chunks
 from bertgpt.sampling import SamplingRows, choose, log_probabilities
 from bertgpt.scheduler import Scheduler
+from bertgpt.weight_watch import WeightWatch
 
 
 class EngineLoop:
@@ -33,6 +34,9 @@ class EngineLoop:
         cache: A cache for it.
         max_batch: Most texts at once.
         prefill_tokens: Most prompt tokens in a step.
+
+    Attributes:
+        turn: The context that all work is done in, whoever asks for it.
     """
 
     def __init__(
@@ -41,7 +45,10 @@ class EngineLoop:
         self.cache = cache
         self.scheduler = Scheduler(cache, max_batch, prefill_tokens)
         self.decode_step = DecodeStep(model, cache, max_batch, model.config.max_position_embeddings)
+        self.turn = Turn(cache.device)
         self._model = model
+        self._watch = WeightWatch(model)
+        self._misfit: str | None = None
         self._prefill_tokens = prefill_tokens
         self._rows: tuple[list[Text], SamplingRows] | None = None
         self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
@@ -76,13 +83,51 @@ class EngineLoop:
             if text.finish_reason is None:
                 self._finish(text, reason)
 
+    def forget(self) -> None:
+        """Before the next step, all that was read is forgotten."""
+        self._watch.tell()
+
     def step(self) -> None:
-        """Reads a token of each text that is being written, then some of the prompts."""
-        with torch.no_grad(), self._on_its_device():
-            self._decode()
-            self._admit()
-            self._peak = max(self._peak, self._page_use())
-            self._prefill()
+        """Reads a token of each text that is being written, then some of the prompts.
+
+        Raises:
+            RuntimeError: The model is not fit to be served from; no request has ended.
+        """
+        self._look_at_model()
+        self._decode()
+        self._admit()
+        self._peak = max(self._peak, self._page_use())
+        self._prefill()
+
+    def _look_at_model(self) -> None:
+        """What was read with other weights is read again; graphs of other weights are dropped."""
+        change = self._watch.look()
+        if change == "moved":
+            self.decode_step.recapture()
+            self._misfit = self._why_misfit()
+        if change is not None:
+            self.cache.forget()
+            for text in list(self.scheduler.running):
+                self.scheduler.preempt(text)
+            self._watch.heeded()
+        if self._watch.training:
+            raise RuntimeError(
+                "the model, or a part of it, is in training mode, where dropout applies: call "
+                "model.eval() before the next step; the requests wait"
+            )
+        if self._misfit is not None:
+            raise RuntimeError(self._misfit)
+
+    def _why_misfit(self) -> str | None:
+        """Why the weights do not go with the cache, if they do not."""
+        wanted = f"{self.cache.layers[0][0].dtype} on {self.cache.device}"
+        found = f"{self._model.dtype} on {self._model.device}"
+        if found == wanted:
+            return None
+        return (
+            f"the model is {found} now, and the cache of this engine {wanted}: move it back, or "
+            "make another engine"
+        )
 
     def _decode(self) -> None:
         texts = self.scheduler.decoding()
@@ -244,11 +289,6 @@ class EngineLoop:
         if full > text.remembered:
             self.cache.remember(text.sequence, text.tokens[: full * self.cache.page_size])
             text.remembered = full
-
-    def _on_its_device(self) -> AbstractContextManager[Any]:
-        """Streams and graphs are those of the current device, which each thread has its own of."""
-        device = self.cache.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _on_device(self, values: list[int]) -> Tensor:
         device = self.cache.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,10 @@ class Request:
     first_token_at: float | None = None
     finished_at: float | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+            raise TypeError(f"priority must be an int, not {self.priority!r}")
+
     @property
     def longest(self) -> int:
         """Most tokens of prompt and text together."""
@@ -139,6 +143,15 @@ class Request:
         if self.finished_at is None or self.first_token_at is None or later < 1:
             return None
         return (self.finished_at - self.first_token_at) / later
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds to its deadline, if it has one; 0 where that has passed."""
+        return None if self.deadline is None else max(self.deadline - now, 0.0)
+
+    def lateness(self, now: float) -> DeadlineExceeded:
+        """The error of a request that is not finished at its deadline, or after."""
+        waited = now - self.arrived
+        return DeadlineExceeded(f"the request was not finished after {waited:.3f} s")
 
     def cancel(self) -> None:
         """Ends it and gives its pages back; does nothing if it is finished."""
@@ -177,11 +190,15 @@ class Request:
             raise self.error
 
 
-def check_priority(priority: object) -> int:
-    """Raises TypeError unless it is an int."""
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise TypeError(f"priority must be an int, not {priority!r}")
-    return priority
+def check_prompt(prompt: Sequence[int] | Tensor) -> Sequence[int]:
+    """Raises TypeError unless it is one sequence; of what is looked at later."""
+    if isinstance(prompt, Tensor) and prompt.ndim == 1:
+        ids: list[int] = prompt.tolist()
+        return ids
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
+        found = f"{prompt.ndim}-D" if isinstance(prompt, Tensor) else repr(prompt)
+        raise TypeError(f"prompt must be a list or 1-D tensor of token ids, not {found}")
+    return prompt
 
 
 def check_deadline(deadline: float | None) -> float | None:

@@ -57,7 +57,9 @@ def generate(
     from bertgpt.sampling import SamplingOptions
     from bertgpt.text import load_tokenizer
 
-    sampling = SamplingOptions(do_sample, temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = SamplingOptions(
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed
+    )
     tokenizer = None if prompt is None else load_tokenizer(model)
     ids = _parse_ids(prompt_ids) if tokenizer is None else tokenizer.encode(prompt).ids
     if not ids:
@@ -71,7 +73,7 @@ def generate(
         "eos_token_id": stop_token,
         "stop_strings": stop_string,
         "tokenizer": tokenizer,
-        "seed": secrets.randbits(64) if seed is None else seed,
+        "seed": secrets.randbits(64) if do_sample and seed is None else seed,
         "num_return_sequences": num_return_sequences,
     }
     if num_beams > 1 or num_return_sequences > 1:

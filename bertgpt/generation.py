@@ -18,6 +18,7 @@ from bertgpt import ops
 from bertgpt.beam_search import beam_search
 from bertgpt.generation_job import BeamOptions, Job, Length, make_job
 from bertgpt.kv_cache import PagedKVCache
+from bertgpt.packing import PackedBatch
 from bertgpt.paged_forward import make_cache, pages_for, read_prompts, read_tokens
 from bertgpt.pretrained import PreTrainedModel
 from bertgpt.sampling import (
@@ -119,7 +120,7 @@ class GenerationMixin(PreTrainedModel):
                 config's, or else the first stop token, or else 0.
             stop_strings: string or strings that end a text with the token that completes one; the
                 prompt's own text does not count.
-            tokenizer: anything with `decode(ids) -> str`; needed for `stop_strings`.
+            tokenizer: anything with `decode(ids) -> str`; needed for `stop_strings`, else not used.
             do_sample: draw each token; the next five options are `sampling.SamplingOptions`'.
             temperature: divides the scores.
             top_k: keep the so many likeliest tokens; 0 keeps all.
@@ -252,12 +253,13 @@ class _Text:
         return "length" if self.left == 0 else None
 
 
+@torch.inference_mode(False)  # what one step makes, the next writes to, in whatever mode it is
 @torch.no_grad()
 def _decode(model: GenerationMixin, job: Job) -> Iterator[NewToken]:
     """The texts' tokens, step by step."""
-    batch, n = job.batch, job.samples
+    batch, n = job.batch.to(model.device), job.samples
     cache = make_cache(model, pages_for(batch.lengths, job.limits, n, PAGE_SIZE), PAGE_SIZE)
-    logits_TV, texts = _start(model, job, cache)
+    logits_TV, texts = _start(model, job, batch, cache)
     options = [one for one in job.sampling for _ in range(n)]
     rows = SamplingRows.of(options, [*range(n)] * len(batch), model.device)
     seen_TV = None
@@ -294,10 +296,12 @@ def _decode(model: GenerationMixin, job: Job) -> Iterator[NewToken]:
         step += 1
 
 
-def _start(model: GenerationMixin, job: Job, cache: PagedKVCache) -> tuple[Tensor, list[_Text]]:
+def _start(
+    model: GenerationMixin, job: Job, batch: PackedBatch, cache: PagedKVCache
+) -> tuple[Tensor, list[_Text]]:
     """Reads the prompts and starts n texts on each."""
-    sequences = [cache.allocate(length) for length in job.batch.lengths]
-    logits_BV = read_prompts(model, cache, sequences, job.batch)
+    sequences = [cache.allocate(length) for length in batch.lengths]
+    logits_BV = read_prompts(model, cache, sequences, batch)
     prompts = job.prompts() if job.stop.strings else [[]] * len(sequences)
     texts: list[_Text] = []
     for sequence, limit, prompt in zip(sequences, job.limits, prompts, strict=True):

@@ -107,7 +107,7 @@ class Job:
     """One call of `generate`.
 
     Attributes:
-        batch: the B prompts.
+        batch: the B prompts, where they were given: lists on the host.
         limits: most tokens to add to each.
         stop: what ends a text earlier.
         sampling: each prompt's options.
@@ -172,7 +172,6 @@ def make_job(
     columns = [prompts.shape[1]] * len(batch) if isinstance(prompts, Tensor) else batch.lengths
     limits = length.limits(columns)
     _check_room(batch, limits, model.config.max_position_embeddings)
-    batch = batch.to(model.device)
     enter(model.transformer.limits, batch)
     if beams.num_beams > 1 and model.config.vocab_size < max(2, 1 + len(tokens)):
         raise ValueError(f"a vocabulary of {model.config.vocab_size} is too small for beam search")
@@ -273,4 +272,6 @@ def _seeds(seed: int | Sequence[int] | None, prompts: int, do_sample: bool) -> S
         return [seed] * prompts
     if len(seed) != prompts:
         raise ValueError(f"{len(seed)} seeds for {prompts} prompts: give one each, or one for all")
+    if None in seed:
+        raise TypeError("each seed must be an integer, not None")
     return list(seed)

@@ -193,7 +193,7 @@ class Decoder(PreTrainedModel):
 
         Their dropout is left to the first norm, where that is what comes next.
         """
-        words, places = self.embeddings(values, positions, None)
+        words, places = self.embeddings(values, positions)
         if types is not None:
             words = words + self.embeddings.word_embeddings(types)
         return words + places if self.drop is None else self.drop(words + places)

@@ -36,6 +36,7 @@ class PagedKVCache:
         allocator: The bookkeeping; change it through this class alone.
     """
 
+    @torch.inference_mode(False)  # whatever the caller is in, pages are written to by anyone
     def __init__(
         self,
         num_pages: int,
@@ -193,6 +194,14 @@ class PagedKVCache:
             IndexError: A token id exceeds 64 bits.
         """
         self.allocator.remember(sequence, tokens)
+
+    def forget(self) -> None:
+        """Makes all that was remembered unknown, so that no later prompt finds it.
+
+        Needed when keys and values would now be others, as after a change of the model's weights.
+        Sequences keep their pages, and can be remembered from their first page on.
+        """
+        self.allocator.forget()
 
     def length(self, sequence: int) -> int:
         """How many tokens a sequence has.

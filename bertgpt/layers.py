@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """The sum of word, position and (where there is a table) token-type embeddings, as two terms.
+    """The sum of word, position and (where there are tables) type embeddings, as two terms.
 
     Args:
         vocab_size: words.
@@ -95,18 +95,32 @@ class Embeddings(nn.Module):
         types: token types, or 0 for no table.
         width: E.
         padding_idx: word whose embedding gets no gradient.
+        tasks: task types, or 0 for no table.
+        padding_place: position whose embedding gets no gradient.
     """
 
     def __init__(
-        self, vocab_size: int, positions: int, types: int, width: int, padding_idx: int | None
+        self,
+        vocab_size: int,
+        positions: int,
+        types: int,
+        width: int,
+        padding_idx: int | None,
+        tasks: int = 0,
+        padding_place: int | None = None,
     ) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, width, padding_idx=padding_idx)
-        self.position_embeddings = nn.Embedding(positions, width)
+        self.position_embeddings = nn.Embedding(positions, width, padding_idx=padding_place)
         self.token_type_embeddings = nn.Embedding(types, width) if types else None
+        self.task_type_embeddings = nn.Embedding(tasks, width) if tasks else None
 
     def forward(
-        self, values: Tensor, positions: Tensor, types: Tensor | None
+        self,
+        values: Tensor,
+        positions: Tensor,
+        types: Tensor | None = None,
+        tasks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The two terms, whose sum is left to the next op.
 
@@ -114,14 +128,15 @@ class Embeddings(nn.Module):
             values: word ids `[T]`, or their embeddings `[T, E]`.
             positions: `[T]`.
             types: `[T]`, or None for type 0.
+            tasks: `[T]`, or None for task 0.
 
         Returns:
             Words plus types, and positions, each `[T, E]`.
         """
         words = values if values.is_floating_point() else self.word_embeddings(values)
-        if self.token_type_embeddings is not None:
-            table = self.token_type_embeddings.weight
-            words = words + (table[0] if types is None else self.token_type_embeddings(types))
+        for table, ids in ((self.token_type_embeddings, types), (self.task_type_embeddings, tasks)):
+            if table is not None:
+                words = words + (table.weight[0] if ids is None else table(ids))
         return words, self.position_embeddings(positions)
 
 

@@ -73,6 +73,17 @@ class PreTrainingOutput(ModelOutput):
 
 
 @dataclass(eq=False)
+class SentenceOrderOutput(ModelOutput):
+    """Both of ALBERT's pre-training heads."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    sop_logits: Tensor | None = None
+    hidden_states: Layers | None = None
+    attentions: None = None
+
+
+@dataclass(eq=False)
 class QuestionAnsweringOutput(ModelOutput):
     """Scores of each token `[B, L]` (packed: `[T]`) as the start and the end of an answer."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Tokens = Sequence[int] | Tensor
+_BESIDE = ("token_type_ids", "position_ids", "task_type_ids")  # ids that tokens may bring along
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ class PackedBatch:
         grid: where a padded tensor held the tokens, or None for a batch that was never padded.
         ranges: bounds on the values of each id tensor, by field name, on the host. Filled in here
             (one device-to-host copy for CUDA tensors); leave it out when building a batch by hand.
+        task_type_ids: `[T]` integers, or None for all zeros; for ERNIE.
 
     Raises:
         TypeError: a field's dtype is not the one above.
@@ -71,6 +73,7 @@ class PackedBatch:
     position_ids: Tensor | None = None
     grid: Grid | None = None
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    task_type_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("values", "cu_seqlens"):
@@ -94,14 +97,14 @@ class PackedBatch:
                 raise ValueError(
                     "cu_seqlens must start at 0 and step by the lengths, none negative"
                 )
-        for name in ("token_type_ids", "position_ids"):
+        for name in _BESIDE:
             ids = getattr(self, name)
             if ids is None:
                 continue
             _check_integers(name, ids)
             if ids.shape != (tokens,):
                 raise ValueError(f"{name} must have shape [{tokens}], not {list(ids.shape)}")
-        for name in ("cu_seqlens", "token_type_ids", "position_ids"):
+        for name in ("cu_seqlens", *_BESIDE):
             _check_device(name, getattr(self, name), "values", self.values)
         missing = {
             name: ids
@@ -112,7 +115,7 @@ class PackedBatch:
             object.__setattr__(self, "ranges", {**self.ranges, **_ranges(missing)})
 
     def _ids(self) -> dict[str, Tensor]:
-        ids = {"token_type_ids": self.token_type_ids, "position_ids": self.position_ids}
+        ids = {name: getattr(self, name) for name in _BESIDE}
         if not self.values.is_floating_point() and self.values.ndim == 1:
             ids["input_ids"] = self.values
         return {name: tensor for name, tensor in ids.items() if tensor is not None}
@@ -142,7 +145,7 @@ class PackedBatch:
         eager = self.values.device.type == "cpu"
         moved: dict[str, Any] = {
             name: tensor.to(device, non_blocking=eager)
-            for name in ("values", "cu_seqlens", "token_type_ids", "position_ids")
+            for name in ("values", "cu_seqlens", *_BESIDE)
             if (tensor := getattr(self, name)) is not None
         }
         if self.grid is not None and self.grid.indices is not None:
@@ -177,6 +180,7 @@ def pack(
     *,
     token_type_ids: Sequence[Tokens] | None = None,
     position_ids: Sequence[Tokens] | None = None,
+    task_type_ids: Sequence[Tokens] | None = None,
     device: torch.device | str | None = None,
 ) -> PackedBatch:
     """Packs ragged sequences of token ids.
@@ -185,6 +189,7 @@ def pack(
         sequences: B lists (or 1-D integer tensors) of token ids; any of them may be empty.
         token_type_ids: segment ids in the same shape, or None for zeros.
         position_ids: positions in the same shape, or None to count from 0 in each sequence.
+        task_type_ids: ERNIE's task types in the same shape, or None for zeros.
         device: where the tensors go; by default the CPU.
 
     Returns:
@@ -197,7 +202,8 @@ def pack(
     """
     flat, lengths = _flatten("sequences", sequences)
     extra: dict[str, Any] = {}
-    for name, rows in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+    beside = zip(_BESIDE, (token_type_ids, position_ids, task_type_ids), strict=True)
+    for name, rows in beside:
         if rows is None:
             continue
         extra[name], other = _flatten(name, rows)
@@ -214,6 +220,7 @@ def unpad(
     *,
     token_type_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
+    task_type_ids: Tensor | None = None,
 ) -> PackedBatch:
     """Packs the tokens of a padded batch that its mask keeps, row by row, left to right.
 
@@ -225,6 +232,7 @@ def unpad(
         attention_mask: `[B, L]`, bool or numeric; nonzero keeps the token.
         token_type_ids: `[B, L]` integers to pack alongside.
         position_ids: `[B, L]` integers to pack alongside.
+        task_type_ids: `[B, L]` integers to pack alongside.
 
     Raises:
         TypeError: ids that are not int32 or int64, a complex mask.
@@ -239,8 +247,8 @@ def unpad(
             f"attention_mask must have the shape [B, L] of the padded tensor, not "
             f"{list(attention_mask.shape)} beside {list(padded.shape)}"
         )
-    given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-    ids = {name: tensor for name, tensor in given.items() if tensor is not None}
+    given = zip(_BESIDE, (token_type_ids, position_ids, task_type_ids), strict=True)
+    ids = {name: tensor for name, tensor in given if tensor is not None}
     for name, tensor in ids.items():
         _check_integers(name, tensor)
         _check_device(name, tensor, "the padded tensor", padded)

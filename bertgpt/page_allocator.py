@@ -192,6 +192,16 @@ class PageAllocator:
             for other in displaced:
                 self._retire(self.pool.drop(other))
 
+    def forget(self) -> None:
+        """Makes all known pages unknown; those that nobody holds are free."""
+        if self.prefixes is None:
+            return
+        known = [prefix.page for prefix in self.prefixes.prefixes()]
+        self.prefixes.forget(known)
+        for entry in self._entries.values():
+            entry.prefix, entry.remembered = None, 0
+        self._retire([page for one in known for page in self.pool.drop(one)])
+
     def entry(self, sequence: int) -> Entry:
         """A sequence's entry, for reading."""
         if not is_int(sequence):

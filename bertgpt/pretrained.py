@@ -96,6 +96,12 @@ class PreTrainedModel(nn.Module):
                 if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                     weight[module.padding_idx].zero_()
 
+    def _apart(self, names: set[str]) -> set[str]:
+        """Those of `names` whose parameter goes by no other name than these."""
+        known = dict(self.named_parameters(remove_duplicate=False))
+        others = {id(weight) for name, weight in known.items() if name not in names}
+        return {name for name in names if id(known[name]) not in others}
+
     @classmethod
     def from_pretrained(
         cls: type[Model],
@@ -142,8 +148,8 @@ class PreTrainedModel(nn.Module):
         if config.tie_word_embeddings and checkpoint.tie_broken(stored, cls.tied_weights):
             config.tie_word_embeddings = False  # as transformers: what is stored apart stays apart
         tied = cls.tied_weights if config.tie_word_embeddings else {}
-        if isinstance(config.num_hidden_layers, int):  # if not, the model says so
-            checkpoint.check_depth(stored, config.num_hidden_layers)
+        if isinstance(config.stored_layers, int):  # if not, the model says so
+            checkpoint.check_depth(stored, config.stored_layers)
         with torch.device("meta"):
             model = cls(config)
         found, missing, surplus = checkpoint.match_names(
@@ -161,7 +167,7 @@ class PreTrainedModel(nn.Module):
         model.tie_weights()
         unfilled = model.load_state_dict(checkpoint.read_tensors(found), strict=False)
         if missing:
-            model._initialise(set(unfilled.missing_keys) - set(tied))
+            model._initialise(model._apart(set(unfilled.missing_keys)))
             warnings.warn(
                 f"{folder} has no weights for {', '.join(missing)}: they start fresh, train them "
                 "before use",

@@ -69,7 +69,7 @@ class SamplingOptions:
             if not least <= number <= most:
                 raise ValueError(f"{name} must lie in {least} … {most}, not {number}")
         if not self.do_sample:
-            for name in ("temperature", "top_k", "top_p", "min_p"):
+            for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(f"{name}={getattr(self, name)} goes with do_sample=True")
 

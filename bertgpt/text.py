@@ -32,7 +32,7 @@ def load_tokenizer(place: Path) -> Any:
     """
     try:
         from tokenizers import Tokenizer
-        from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
+        from tokenizers.implementations import BertWordPieceTokenizer
     except ModuleNotFoundError as missing:
         message = "text needs the tokenizers library: pip install tokenizers"
         raise ModuleNotFoundError(message, name="tokenizers") from missing
@@ -54,7 +54,7 @@ def load_tokenizer(place: Path) -> Any:
             )
         file, load = words, lambda: BertWordPieceTokenizer(str(words), lowercase=lowercase)
     elif pairs.is_file() and merges.is_file():
-        file, load = pairs, lambda: ByteLevelBPETokenizer.from_file(str(pairs), str(merges))
+        file, load = pairs, lambda: _byte_level(pairs, merges)
     else:
         raise FileNotFoundError(f"{place} has no tokenizer: put {_WANTED} there")
     try:
@@ -63,6 +63,18 @@ def load_tokenizer(place: Path) -> Any:
         raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return tokenizer
+
+
+def _byte_level(pairs: Path, merges: Path) -> Any:
+    """GPT-2's kind of tokenizer; or RoBERTa's, which puts marks around texts."""
+    from tokenizers.implementations import ByteLevelBPETokenizer
+    from tokenizers.processors import RobertaProcessing
+
+    tokenizer = ByteLevelBPETokenizer.from_file(str(pairs), str(merges))
+    end, start = ((mark, tokenizer.token_to_id(mark)) for mark in ("</s>", "<s>"))
+    if None not in (*end, *start):
+        tokenizer.post_processor = RobertaProcessing(end, start, add_prefix_space=False)
     return tokenizer
 
 

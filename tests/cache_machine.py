@@ -284,6 +284,15 @@ class CacheMachine(RuleBasedStateMachine):
         del self.tokens[sequence], self.pages[sequence]
         self.freed.add(sequence)
 
+    @precondition(lambda self: self.known)
+    @rule(sure=st.sampled_from([True, False, False, False]))
+    def forget(self, sure):
+        if sure:
+            CacheMachine.operations += 1
+            self.cache.forget()
+            self.known = {}
+            self.read_pages(self.tokens)
+
     @precondition(lambda self: self.freed)
     @rule(data=st.data())
     def use_a_freed_one(self, data):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -84,4 +85,5 @@ def under_sanitizer(name: str, *command: object) -> subprocess.CompletedProcess[
 def lend(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """Backend "cuda" runs on this module."""
     patch.setattr(extension, "_load", lambda: module)
-    patch.setattr(extension, "_FLAGS", {})
+    flags: extension.Flags = {}
+    patch.setattr(extension, "_FLAGS", ContextVar("flags", default=flags))

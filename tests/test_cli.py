@@ -188,7 +188,7 @@ def _break(folder: Path, lines: Path, how: str) -> None:
         "no weights": ("has no model.safetensors",),
         "no config": ("has no config.json",),
         "cut weights": ("model.safetensors is no whole safetensors file", "again"),
-        "other model": ("config.json", "'gpt2', not 'bert'"),
+        "other model": ("config.json", "model_type is 'gpt2'; encoders are bert"),
         "bad tokenizer": ("tokenizer.json cannot be read",),
         "bad modules": ("modules.json must list",),
         "unknown module": ("modules.json asks for Dense",),

@@ -1,11 +1,14 @@
 """The engine's asyncio face: tokens as they come, shared steps, and clients that go away."""
 
 import asyncio
+import threading
 
 import pytest
 from engines import DRAWN, alone, nothing_is_left, small_engine, some_prompts
 
+from bertgpt import engine as engine_module
 from bertgpt import engine_loop
+from bertgpt.engine import DeadlineExceeded
 
 
 async def tokens_of(stream):
@@ -103,4 +106,48 @@ def test_a_stream_raises_what_ended_its_request(monkeypatch):
     monkeypatch.setattr(engine_loop, "read_chunks", fail)
     with pytest.raises(RuntimeError, match="no launch"):
         asyncio.run(serve())
+    assert nothing_is_left(engine)
+
+
+def test_a_deadline_is_told_of_while_a_step_runs(monkeypatch):
+    """Another request's long prompt, say; the late one's pages are free when that step ends."""
+    engine, read, release, steps = small_engine(), engine_loop.read_chunks, threading.Event(), []
+
+    def slowly(*args):
+        release.wait(timeout=30)
+        steps.append(1)
+        return read(*args)
+
+    async def serve():
+        monkeypatch.setattr(engine_loop, "read_chunks", slowly)
+        long = asyncio.create_task(tokens_of(engine.stream([6] * 16, 3, eos_token_id=())))
+        late = engine.stream([5] * 9, 20, deadline=0.05, eos_token_id=())
+        with pytest.raises(DeadlineExceeded, match="not finished after"):
+            await tokens_of(late)
+        assert not steps, "it waited for the step"
+        release.set()
+        return await long
+
+    text = asyncio.run(serve())
+    assert text == alone(engine.submit([6] * 16, 3, eos_token_id=()))[0]
+    engine.run()
+    assert (engine.metrics().failed, engine.metrics().cancelled) == (1, 0)
+    assert nothing_is_left(engine)
+
+
+def test_who_comes_back_after_the_deadline_hears_of_it(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(engine_module, "monotonic", lambda: now)
+    engine = small_engine()
+
+    async def serve():
+        nonlocal now
+        stream = engine.stream([5] * 9, 20, deadline=2.5, eos_token_id=())
+        await anext(stream)
+        now = 103.0
+        assert engine.metrics().running == 1, "nobody has stepped since"
+        with pytest.raises(DeadlineExceeded, match=r"not finished after 3\.000 s"):
+            await tokens_of(stream)
+
+    asyncio.run(serve())
     assert nothing_is_left(engine)

@@ -20,7 +20,10 @@ class Bytes:
     ("error", "message", "call"),
     [
         (ValueError, "is empty", {"prompt": []}),
-        (TypeError, "list of lists|integers", {"prompt": "words"}),
+        (TypeError, "prompt must be a list or 1-D tensor of .* not 'words'", {"prompt": "words"}),
+        (TypeError, "prompt must be a list or 1-D .* not 2-D", {"prompt": torch.ones(1, 2)}),
+        (TypeError, "prompt must be a list or 1-D tensor of .* not None", {"prompt": None}),
+        (TypeError, "max_new_tokens must be an integer, not None", {"max_new_tokens": None}),
         (TypeError, "integers|token ids", {"prompt": [1.5]}),
         (IndexError, "input_ids holds 61", {"prompt": [61]}),
         (ValueError, "leaves room for", {"prompt": [5] * 97}),
@@ -80,3 +83,13 @@ def test_a_wrong_engine_is_refused():
         Engine(model.transformer, num_pages=4)
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         Engine(gpt.GPT2LMHeadModel(model.config).train(), num_pages=4)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_a_prompt_is_checked_on_the_host(kind):
+    """On a meta model any device-to-host copy raises: a stand-in for a wait on a GPU."""
+    engine = small_engine(small_model().to("meta"))
+    request = engine.submit(kind([5, 6, 7]), 4, stop_strings="x", tokenizer=Bytes())
+    assert request.prompt == [5, 6, 7]
+    with pytest.raises(IndexError, match="input_ids holds 61"):
+        engine.submit(kind([5, 61]), 4)

@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from engines import alone, nothing_is_left, small_engine, small_model
 
 from bertgpt import PagedKVCache, engine_loop
+from bertgpt.engine_turn import Turn
 from bertgpt.sampling import SamplingOptions
 
 
@@ -167,7 +169,7 @@ def test_no_event_loop_is_kept():
 
     for _ in range(3):
         assert len(asyncio.run(serve())) == 3
-    assert not engine._steps
+    assert not engine._steps._running
 
 
 def test_a_loop_that_is_left_ends_its_request():
@@ -221,3 +223,48 @@ def test_requests_without_a_seed_draw_their_own():
     torch.manual_seed(4)
     assert texts() == first
     assert first[0] != first[1]
+
+
+def test_a_client_that_leaves_zeroes_pages_in_a_turn_of_its_own():
+    """Which puts it behind what the device still has to do for the last step."""
+    engine, turns, cleared = small_engine(zero_on_free=True), [], []
+    turn, clear = engine._loop.turn, engine.cache.allocator._clear
+
+    @contextmanager
+    def counted():
+        with turn():
+            turns.append(1)
+            yield
+            turns.pop()
+
+    def watched(pages):
+        cleared.append((len(turns), list(pages)))
+        clear(pages)
+
+    engine._loop.turn, engine.cache.allocator._clear = counted, watched
+    request = engine.submit([5] * 20, 20, eos_token_id=())
+    engine.step()
+    cleared.clear()
+    thread = threading.Thread(target=request.cancel)
+    thread.start()
+    thread.join()
+    assert [count for count, pages in cleared if pages] == [1]
+    assert nothing_is_left(engine)
+
+
+def test_turns_on_other_streams_wait_for_the_one_before(monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waited_for = []
+
+        def wait_stream(self, other):
+            self.waited_for.append(other)
+
+    first, second = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    turn = Turn(torch.device("cuda", 0))
+    for stream in (first, first, second, second, first):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=stream: now)
+        with turn():
+            assert not torch.is_grad_enabled()
+    assert (first.waited_for, second.waited_for) == ([second], [first])

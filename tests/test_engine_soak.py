@@ -30,7 +30,7 @@ def options(rng):
         top_p=rng.choice([0.8, 1.0]) if drawn else 1.0,
         min_p=rng.choice([0.0, 0.05]) if drawn else 0.0,
         repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
-        seed=rng.getrandbits(32),
+        seed=rng.getrandbits(32) if drawn else None,
     )
     return {
         "max_new_tokens": rng.randint(1, 40),

@@ -12,6 +12,7 @@ from finetune_data import PLACES, tiny_bert, write, write_topics
 from models import padded
 
 from bertgpt import BertModel, cli
+from bertgpt.auto import encoder_class
 from bertgpt.recipes.classify import Classifier
 from bertgpt.recipes.datasets import Sentence, Text
 from bertgpt.recipes.finetune import RECIPES, Predictor, finetune, new_recipe
@@ -67,7 +68,7 @@ def test_every_task_learns(tuned):
 
 def test_stock_loads_the_folder_and_says_the_same(tuned):
     task, _, folder = tuned
-    ours = RECIPES[task].model_class.from_pretrained(folder)
+    ours = encoder_class(folder, RECIPES[task].head).from_pretrained(folder)
     stock = getattr(transformers, type(ours).__name__).from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = tokenizer(["we saw the team in new york", "rates was very london"])["input_ids"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from finetune_data import tiny_bert, write, write_questions, write_topics
 
+from bertgpt import BertForSequenceClassification
 from bertgpt.benchmarks.finetune_stock import StockModel, make_stock
 from bertgpt.benchmarks.train_finetune_cpu import keep
 from bertgpt.recipes.classify import Classifier
@@ -84,7 +85,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(bert, tmp_path, run, monke
     code, out, err = command(tmp_path / "parts", "--resume")
     assert code == 0, err
     weights = [
-        Classifier.model_class.from_pretrained(tmp_path / name).classifier.weight
+        BertForSequenceClassification.from_pretrained(tmp_path / name).classifier.weight
         for name in ("whole", "parts")
     ]
     assert torch.equal(*weights)

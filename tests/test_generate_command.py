@@ -141,6 +141,7 @@ def test_generate_streams_text(run, gpt, monkeypatch):
         (("--prompt-ids", "1", "--stop-token", "10"), "eos_token_id holds 10, outside"),
         (("--prompt-ids", "1", "--do-sample", "--top-p", "0"), "top_p must lie in (0, 1]"),
         (("--prompt-ids", "1", "--top-p", "0.5"), "top_p=0.5 goes with do_sample=True"),
+        (("--prompt-ids", "1", "--seed", "3"), "seed=3 goes with do_sample=True"),
         (("--prompt-ids", "1", "--num-return-sequences", "2"), "goes with do_sample=True or"),
         (("--prompt-ids", "1", "--num-beams", "2", "--do-sample"), "exclude each other"),
     ],

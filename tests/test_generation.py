@@ -147,6 +147,8 @@ def test_max_length_counts_the_prompt():
         (ValueError, "min_p must lie", {"prompts": [[3]], "do_sample": True, "min_p": 1.5}),
         (ValueError, "temperature=0.5 goes with", {"prompts": [[3]], "temperature": 0.5}),
         (ValueError, "top_k=3 goes with do_sample", {"prompts": [[3]], "top_k": 3}),
+        (ValueError, "seed=0 goes with do_sample", {"prompts": [[3]], "seed": 0}),
+        (ValueError, "seed=7 goes with do", {"prompts": [[3]], "num_beams": 2, "seed": [7]}),
         (ValueError, "repetition_penalty must", {"prompts": [[3]], "repetition_penalty": 0.0}),
         (TypeError, "do_sample must be True", {"prompts": [[3]], "do_sample": 1}),
         (TypeError, "top_k must be an int", {"prompts": [[3]], "do_sample": True, "top_k": 2.0}),
@@ -157,7 +159,8 @@ def test_max_length_counts_the_prompt():
         ),
         (TypeError, "seed must be an int", {"prompts": [[3]], "seed": "a"}),
         (ValueError, "seed must lie in", {"prompts": [[3]], "seed": 2**64}),
-        (ValueError, "2 seeds for 1 prompts", {"prompts": [[3]], "seed": [1, 2]}),
+        (ValueError, "2 seeds for 1", {"prompts": [[3]], "do_sample": True, "seed": [1, 2]}),
+        (TypeError, "each seed must be", {"prompts": [[3]], "do_sample": True, "seed": [None]}),
         (ValueError, "exclude each other", {"prompts": [[3]], "do_sample": True, "num_beams": 2}),
         (
             ValueError,

@@ -272,6 +272,21 @@ def test_a_page_follows_only_the_very_page_that_was_matched():
     assert cache.length(second) == 8
 
 
+def test_what_was_forgotten_is_found_no_more():
+    cache = remembering(num_pages=4, zero_on_free=True)
+    tokens = list(range(17))
+    cache.free(seen(cache, [7] * 8))
+    stays = seen(cache, tokens)
+    cache.forget()
+    assert cache.stats().cached == 0
+    assert not cache.layers[0][0][cache.allocator.pool._free].any()
+    assert content(cache, stays) == [1] * 17
+    assert cache.length(cache.allocate(0, tokens)) == 0
+    cache.remember(stays, tokens)
+    assert cache.length(cache.allocate(0, tokens)) == 16
+    small_cache().forget()  # which never remembers anything
+
+
 def test_salts_part_the_keys():
     keys = []
     for salt in (b"one", b"two", b"one", None, None):

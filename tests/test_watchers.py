@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import randn
+from engines import alone, small_engine, small_model
 from paged_batch import paged_batch
 from tolerance import assert_bitwise
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -183,6 +184,44 @@ class TestErrorFlags:
         with bertgpt.strict(), pytest.raises(IndexError, match="page id in use lies outside"):
             ops.paged_attention(*batch.args)
         ops.raise_pending()  # told once
+
+    def test_flags_that_are_kept_apart_are_told_apart(self):
+        batch, mine = paged_batch((40, 9), head_dim=32), {}
+        batch.page_table[0, 2] = 10**6
+        with ops.own_flags(mine):
+            ops.paged_attention(*batch.args)
+        ops.raise_pending()
+        with ops.own_flags({}):
+            ops.raise_pending()
+        with ops.own_flags(mine):
+            with pytest.raises(IndexError, match="page id in use lies outside the pool"):
+                ops.raise_pending()
+            ops.raise_pending()  # told once
+
+    def test_an_engine_hears_of_its_own_launches_alone(self, monkeypatch):
+        model = small_model(n_embd=64, n_head=2)
+        spoilt, other = small_engine(model), small_engine(model)
+        bad, good = (e.submit([5, 6, 7], 8, eos_token_id=()) for e in (spoilt, other))
+        expected = alone(good)
+        step = spoilt._loop.decode_step
+        advance = step.advance
+
+        def spoil(sequences):
+            advance(sequences)
+            step._batch.page_table.fill_(10**6)
+
+        monkeypatch.setattr(step, "advance", spoil)
+        batch = paged_batch((40, 9), head_dim=32)
+        batch.page_table[0, 2] = 10**6
+        ops.paged_attention(*batch.args)
+        for _ in range(12):
+            spoilt.step()
+            other.step()
+        assert good.result() == expected
+        with pytest.raises(IndexError, match="page id in use lies outside the pool"):
+            bad.result()
+        with pytest.raises(IndexError, match="page id in use lies outside the pool"):
+            ops.raise_pending()  # that of the launch outside of both
 
     def test_a_decode_raises_at_the_next_token_that_is_read(self, monkeypatch):
         from bertgpt import gpt, paged_forward

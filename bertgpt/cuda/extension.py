@@ -6,6 +6,9 @@ import importlib
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,7 +20,9 @@ HOST_ENGINE = "BERTGPT_HOST_ENGINE"  # path of a build for the host engine, whic
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MIN_CAPABILITY = (7, 5)
 ACCESS_BYTES = 16
-_FLAGS: dict[torch.device, Tensor] = {}
+Flags = dict[torch.device, Tensor]
+_SHARED_FLAGS: Flags = {}
+_FLAGS: ContextVar[Flags] = ContextVar("flags", default=_SHARED_FLAGS)
 _MEANINGS = {  # of the bits in csrc/device/error_flag.cuh
     1: "a page id in use lies outside the pool (its keys were skipped)",
     2: "a length is negative, shorter than the shared prefix, or longer than its row of the page "
@@ -89,25 +94,42 @@ def stream_of(tensor: Tensor) -> int:
 
 def error_flag(tensor: Tensor) -> int:
     """The address of the word, where `tensor` lies, in which kernels tell of what they skipped."""
-    device = tensor.device
-    flag = _FLAGS.get(device)
+    device, flags = tensor.device, _FLAGS.get()
+    flag = flags.get(device)
     if flag is None:
-        flag = _FLAGS[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # whoever reads it may reset it
+            flag = flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return flag.data_ptr()
+
+
+@contextmanager
+def own_flags(flags: Flags) -> Iterator[None]:
+    """Keeps apart what kernels tell of.
+
+    Kernels launched within raise these flags, of which there comes to be one for each device, and
+    `raise_pending` looks at these alone; a launch elsewhere cannot be taken for one of them. A CUDA
+    graph goes on raising those that it was captured with.
+    """
+    token = _FLAGS.set(flags)
+    try:
+        yield
+    finally:
+        _FLAGS.reset(token)
 
 
 def raise_pending() -> None:
     """Raises what kernels found wrong in tensors since the last call.
 
     To be called where the host waits for a device anyway: it reads the flag of each device on which
-    a kernel that has one ran, and where there is none it does nothing.
+    a kernel that has one ran, and where there is none it does nothing. All launches of a process
+    share the flags, but for those within `own_flags`.
 
     Raises:
         IndexError: A page id, slot or length was out of range. Nothing outside the tensors was
             read or written, and the device goes on working.
         ValueError: Logits or settings that no token can be drawn by, and no bad index beside them.
     """
-    for device, flag in _FLAGS.items():
+    for device, flag in _FLAGS.get().items():
         bits = int(flag)
         if bits:
             flag.zero_()

@@ -24,11 +24,12 @@ from bertgpt.integrations.inspection import (
     refuse_head_mask,
 )
 from bertgpt.integrations.padding import Packing, may_pack
+from bertgpt.integrations.versions import CACHE
 
 # What the packed pass knows; where anything else is asked for, stock's forward runs.
 _KNOWN = {
     "input_ids",
-    "past_key_values",
+    CACHE,
     "attention_mask",
     "token_type_ids",
     "position_ids",
@@ -87,14 +88,14 @@ class GPT2Model(Patched):
         if ("input_ids" in given) == ("inputs_embeds" in given):
             return None  # for stock code to refuse
         padded: Any = given.get("input_ids", given.get("inputs_embeds"))
-        past: Any = given.get("past_key_values")
+        past: Any = given.get(CACHE)
         mask: Any = given.get("attention_mask")
         if not self._may_pack(padded, mask, past):
             return None
         use_cache = given.get("use_cache", getattr(self.config, "use_cache", False))
         if getattr(self, "gradient_checkpointing", False) and self.training:
             use_cache, past = False, None
-        if use_cache and past is None and "past_key_values" in self.output_class.__annotations__:
+        if use_cache and past is None and CACHE in self.output_class.__annotations__:
             past = DynamicCache(config=self.config)
         packing = Packing.of(padded, mask != 0, column_0=False)
         x = self._embed(padded, given.get("position_ids"), given.get("token_type_ids"))
@@ -103,7 +104,7 @@ class GPT2Model(Patched):
             x = self.through(block, x, past, packing)
         norm = self.last_norm()
         hidden = packing.leave(x if norm is None else norm(x))
-        kept = {"past_key_values": past} if use_cache and past is not None else {}
+        kept = {CACHE: past} if use_cache and past is not None else {}
         output = self.output_class(last_hidden_state=hidden, **kept)
         return output if given.get("return_dict", self.config.return_dict) else output.to_tuple()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bertgpt.integrations.blocks import Attention, FeedForward, Mask, Parts, Patched, add_norm
 from bertgpt.integrations.inspection import collecting, obstacle_below, refuse_head_mask
 from bertgpt.integrations.padding import Packing, key_padding, may_pack, takes
+from bertgpt.integrations.versions import CACHE
 
 Norm = tuple[nn.Module | None, nn.Module]
 
@@ -102,18 +103,19 @@ class BertLayer(PostNormLayer):
         attention_mask: Mask = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        past: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """What the stock layer computes, on padded `[B, L, E]` or packed `[T, E]`."""
-        if encoder_hidden_states is None and past_key_values is None:
+        past = kwargs.pop(CACHE, past)
+        if encoder_hidden_states is None and past is None:
             return self.run(hidden_states, attention_mask, kwargs)
         return super().forward(
             hidden_states,
             attention_mask,
             encoder_hidden_states,
             encoder_attention_mask,
-            past_key_values,
+            past,
             **kwargs,
         )
 
@@ -144,9 +146,7 @@ class Encoder(Patched):
         """The tokens that go through the layers packed; None where all go padded."""
         if mask is None or not may_pack(hidden) or collecting():
             return None
-        if any(
-            kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")
-        ):
+        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", CACHE)):
             return None
         if obstacle_below(self):
             return None

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from bertgpt.integrations.blocks import Attention, FeedForward, Mask, Parts, Patched, add_norm
 from bertgpt.integrations.encoder_blocks import Norm, PostNormLayer
 from bertgpt.integrations.padding import Packing, takes
+from bertgpt.integrations.versions import CACHE
 
 UNBOUNDED = (-1, -1)
 
@@ -42,7 +43,7 @@ class GPT2Block(Patched):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        past: Cache | None = None,
         attention_mask: Mask = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
@@ -50,10 +51,11 @@ class GPT2Block(Patched):
         **kwargs: Any,
     ) -> Tensor:
         """What the stock block computes, on padded `[B, L, E]` or packed `[T, E]`."""
+        past = kwargs.pop(CACHE, past)
         if encoder_hidden_states is not None:
             return super().forward(
                 hidden_states,
-                past_key_values,
+                past,
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -62,13 +64,14 @@ class GPT2Block(Patched):
             )
         part = self.parts().attention
         x, mask, dropout = self.ln_1(hidden_states), attention_mask, None
-        if isinstance(mask, Packing) or (takes(mask, kwargs) and part.obstacle() is None):
+        known = takes(mask, kwargs) and isinstance(past, Cache | None)
+        if isinstance(mask, Packing) or (known and part.obstacle() is None):
             q, k, v = part.project(x)
-            if past_key_values is not None:
-                k, v = remember(past_key_values, k, v, mask, self.attn.layer_idx)
+            if past is not None:
+                k, v = remember(past, k, v, mask, self.attn.layer_idx)
             x, dropout = part.mix(q, k, v, mask), self.attn.resid_dropout
         else:
-            others = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+            others = {CACHE: past, "use_cache": use_cache, **kwargs}
             x = self.attn(x, attention_mask=mask, **others)[0]
         return feed_forward(self, x, hidden_states, dropout, mask)
 
@@ -131,7 +134,8 @@ class GPTNeoBlock(Patched):
             )
         attn, part = self.attn.attention, self.parts().attention
         x, mask = self.ln_1(hidden_states), attention_mask
-        if isinstance(mask, Packing) or (takes(mask, kwargs) and part.obstacle() is None):
+        known = takes(mask, kwargs) and isinstance(layer_past, Cache | None)
+        if isinstance(mask, Packing) or (known and part.obstacle() is None):
             q, k, v = part.project(x)
             if layer_past is not None:
                 k, v = remember(layer_past, k, v, mask, attn.layer_id)

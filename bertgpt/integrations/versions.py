@@ -5,7 +5,10 @@ from __future__ import annotations
 import transformers
 from packaging.version import Version
 
-OLDEST, BEYOND = "5.23", "6"
+OLDEST, BEYOND = "5.23", "5.25"
+
+# What models call the key-value cache, as an argument and in their outputs.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 def check_version() -> None:

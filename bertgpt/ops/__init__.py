@@ -1,6 +1,6 @@
 """The public ops. Each checks its arguments, picks a backend and runs it; `explain` says which."""
 
-from bertgpt.cuda.extension import raise_pending
+from bertgpt.cuda.extension import own_flags, raise_pending
 from bertgpt.ops._dispatch import BackendUnavailable, Explanation, explain, strict
 from bertgpt.ops.add_layer_norm import add_layer_norm
 from bertgpt.ops.attention import attention
@@ -21,6 +21,7 @@ __all__ = [
     "gelu_ffn",
     "linear_cross_entropy",
     "linear_gelu",
+    "own_flags",
     "paged_attention",
     "paged_write",
     "pool",

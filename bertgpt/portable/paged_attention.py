@@ -1,4 +1,4 @@
-"""Paged attention on torch's own ops: decoding by batched gathers, chunks as packed attention.
+"""Paged attention on torch's own ops: decoding page by page, chunks as packed attention.
 
 Both read the lengths on the host; on a GPU that is a synchronisation.
 """
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from bertgpt.portable.attention import attention
 
-# A bucket may gather a quarter more keys than it has, or this many where buckets cost more.
-_DENSITY = 0.8
-_FREE_PADDING = 256
+# Pages from the first to the last in use are read where they lie, if so many of them are in use.
+_DENSITY = 0.5
 
 
 def paged_attention(
@@ -46,18 +45,11 @@ def paged_attention(
                 q.detach(), k_TKD, v_TKD, window=(left, right), scale=scale,
                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
             )  # fmt: skip
-        out_BHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        lse_BH = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        for bucket in _plan(page_table, lengths, k_pages, left):
-            out_RHD, scores_RHS = _decode(q, k_pages, v_pages, bucket, scale)
-            out_BHD.index_copy_(0, bucket.rows, out_RHD)
-            if return_lse:
-                lse_BH.index_copy_(0, bucket.rows, _lse(scores_RHS))
-    return (out_BHD, lse_BH.t().contiguous()) if return_lse else out_BHD
-
-
-def _lse(scores_BHS: Tensor) -> Tensor:
-    return scores_BHS.logsumexp(dim=-1).float()
+        plan = _plan(page_table, lengths, k_pages, left)
+        out_BHD, scores_BHS = _decode(q, k_pages, v_pages, plan, scale)
+    if not return_lse:
+        return out_BHD
+    return out_BHD, scores_BHS.logsumexp(dim=-1).float().t().contiguous()
 
 
 def _pack(pages_PKND: Tensor, page_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,100 +62,111 @@ def _pack(pages_PKND: Tensor, page_table: Tensor, lengths: Tensor) -> tuple[Tens
     return pages_PKND[page_ids, :, position % page_size], starts
 
 
-def _buckets(lengths: list[int]) -> list[tuple[list[int], int]]:
-    """Sequences (by number) of like lengths together, each time with the longest length.
-
-    Those without keys are left out.
-    """
-    buckets: list[tuple[list[int], int]] = []
-    keys = 0
-    for row in sorted((r for r, n in enumerate(lengths) if n), key=lambda r: -lengths[r]):
-        keys += lengths[row]
-        rows, longest = buckets[-1] if buckets else ([], 0)
-        padded = longest * (len(rows) + 1)
-        if rows and padded <= max(keys / _DENSITY, keys + _FREE_PADDING):
-            rows.append(row)
-        else:
-            buckets.append(([row], lengths[row]))
-            keys = lengths[row]
-    return [(sorted(rows), longest) for rows, longest in buckets]
-
-
 @dataclass(frozen=True)
-class _Bucket:
-    """Sequences of like lengths, decoded together.
+class _Plan:
+    """Which pages one decoding step of a batch reads, and whose they are.
+
+    Every sequence has M places for its pages' scores.
 
     Attributes:
-        rows: [R], their numbers.
-        blocks_RKM: Numbers of the (page, head) blocks of each one's heads.
-        dead_RS: True at keys that its query does not see.
+        pages: Those that are read, P of them: from one to another, or by number.
+        owner_P: Each one's sequence; of pages that only come along, any.
+        place_P: Its place in B · M; likewise.
+        used_U: Which of them are in use, in the order of their places. So sums come out the same
+            wherever pages lie.
+        owner_U: Their sequences.
+        place_U: Their places.
+        dead_BMN: True at keys that the sequence's query does not see.
     """
 
-    rows: Tensor
-    blocks_RKM: Tensor
-    dead_RS: Tensor
+    pages: slice | Tensor
+    owner_P: Tensor
+    place_P: Tensor
+    used_U: Tensor
+    owner_U: Tensor
+    place_U: Tensor
+    dead_BMN: Tensor
+
+    def read(self, pages_PKND: Tensor, dtype: torch.dtype) -> Tensor:
+        """The planned pages' heads, [P · K, N, D]."""
+        if isinstance(self.pages, slice):
+            chosen = pages_PKND[self.pages]
+        else:
+            chosen = pages_PKND.index_select(0, self.pages)
+        return chosen.to(dtype).reshape(-1, *pages_PKND.shape[2:])
 
 
-def _plan(page_table: Tensor, lengths: Tensor, k_pages: Tensor, left: int) -> list[_Bucket]:
-    """The buckets of a batch; every layer of a step asks for the same, so the last are kept."""
-    (_, K, N, _), counts = k_pages.shape, tuple(lengths.tolist())
+def _plan(page_table: Tensor, lengths: Tensor, k_pages: Tensor, left: int) -> _Plan:
+    """The plan of a batch; every layer of a step asks for the same, so the last are kept."""
+    N, counts = k_pages.shape[2], tuple(lengths.tolist())
     used = page_table[:, : -(-max(counts, default=0) // N)].tolist()
-    return _planned(counts, tuple(map(tuple, used)), K, N, left, k_pages.device)
+    return _planned(counts, tuple(map(tuple, used)), N, left, k_pages.device)
 
 
 @lru_cache(maxsize=4)
 def _planned(
     lengths: tuple[int, ...],
-    pages: tuple[tuple[int, ...], ...],
-    K: int,
+    table: tuple[tuple[int, ...], ...],
     N: int,
     left: int,
     device: torch.device,
-) -> list[_Bucket]:
+) -> _Plan:
     """By values alone, so that what is kept cannot go stale when a table changes in place."""
-    buckets = []
-    for rows, longest in _buckets(list(lengths)):
-        last_R1 = torch.tensor([[lengths[row] - 1] for row in rows], device=device)
-        page = torch.arange(-(-longest // N), device=device)
-        ids_RM = torch.tensor([pages[row][: len(page)] for row in rows], device=device)
-        ids_RM = ids_RM.gather(1, page.minimum(last_R1 // N))  # past its last page: that
-        key = torch.arange(len(page) * N, device=device)
-        dead_RS = key > last_R1
-        if left >= 0:
-            dead_RS |= key < last_R1 - left
-        blocks_RKM = ids_RM[:, None] * K + torch.arange(K, device=device)[:, None]
-        buckets.append(_Bucket(torch.tensor(rows, device=device), blocks_RKM, dead_RS))
-    return buckets
+    B, M = len(lengths), max((-(-n // N) for n in lengths), default=0)
+    found = []  # page, owner and place, in the order of places
+    for b, n in enumerate(lengths):
+        first = max(n - 1 - left, 0) // N if left >= 0 else 0
+        found += [(table[b][m], b, b * M + m) for m in range(first, -(-n // N))]
+    numbers = [page for page, _, _ in found]
+    start, stop = min(numbers, default=0), max(numbers, default=-1) + 1
+    pages: slice | Tensor = slice(start, stop)
+    used = [page - start for page in numbers]
+    if len(set(numbers)) < len(numbers) or len(numbers) < _DENSITY * (stop - start):
+        pages, used = torch.tensor(numbers, device=device), list(range(len(numbers)))
+    whose = [(0, 0)] * (stop - start if isinstance(pages, slice) else len(used))
+    for at, (_, b, place) in zip(used, found, strict=True):
+        whose[at] = (b, place)
+    owner_P, place_P = torch.tensor(whose, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    key_S = torch.arange(M * N, device=device)
+    last_B1 = torch.tensor(lengths, dtype=torch.int64, device=device)[:, None] - 1
+    dead_BS = key_S > last_B1
+    if left >= 0:
+        dead_BS |= key_S < last_B1 - left
+    used_U = torch.tensor(used, dtype=torch.int64, device=device)
+    return _Plan(
+        pages, owner_P, place_P, used_U, owner_P[used_U], place_P[used_U], dead_BS.view(B, M, N)
+    )
 
 
 def _decode(
-    q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, bucket: _Bucket, scale: float
+    q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, plan: _Plan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One query a sequence, on its last key, so that nothing lies to its right.
 
-    Explicit products: with one query a sequence the scores are small, the fused op is slower, and
-    on a CPU it hides NaN.
+    Each page meets its own sequence's query, where it lies: keys and values are read once and not
+    copied. What goes between pages and sequences are scores and sums.
 
     Returns:
-        out [R, H, D] and the scores [R, H, S], −inf where a key is not seen.
+        out [B, H, D] and the scores [B, H, S], −inf where a key is not seen.
     """
-    (_, H, D), K, (R, _, _) = q_BHD.shape, k_pages.shape[1], bucket.blocks_RKM.shape
-    dead_RS, wide = bucket.dead_RS, torch.promote_types(q_BHD.dtype, torch.float32)
-    q_RKGD = (q_BHD.index_select(0, bucket.rows).to(wide) * scale).view(R, K, H // K, D)
-    scores_RKGS = q_RKGD @ _gather(k_pages, bucket.blocks_RKM).to(wide).mT
-    scores_RKGS.masked_fill_(dead_RS[:, None, None], -torch.inf)
-    weight_RKGS = scores_RKGS.softmax(dim=-1)
-    v_RKSD = _gather(v_pages, bucket.blocks_RKM).to(wide)
-    out_RKGD = weight_RKGS @ v_RKSD
-    if not math.isfinite(out_RKGD.sum()):  # perhaps 0 · NaN from a slot that nobody may read
-        out_RKGD = weight_RKGS @ v_RKSD.masked_fill(dead_RS[:, None, :, None], 0)
-    return out_RKGD.view(R, H, D).to(q_BHD.dtype), scores_RKGS.view(R, H, -1)
+    (B, H, D), K, (_, M, N) = q_BHD.shape, k_pages.shape[1], plan.dead_BMN.shape
+    wide = torch.promote_types(q_BHD.dtype, torch.float32)
+    q_PHD = (q_BHD.to(wide) * scale).index_select(0, plan.owner_P)
+    scores_PHN = (q_PHD.view(-1, H // K, D) @ plan.read(k_pages, wide).mT).view(-1, H, N)
+    scores_BMHN = q_PHD.new_full((B, M, H, N), -torch.inf)
+    scores_BMHN.view(-1, H, N).index_copy_(0, plan.place_U, scores_PHN.index_select(0, plan.used_U))
+    scores_BMHN.masked_fill_(plan.dead_BMN[:, :, None], -torch.inf)
+    scores_BHS = scores_BMHN.transpose(1, 2).reshape(B, H, M * N)
+    weights_BMHN = scores_BHS.softmax(dim=-1).view(B, H, M, N).transpose(1, 2)
+    weights_PGN = weights_BMHN.reshape(-1, H, N).index_select(0, plan.place_P).view(-1, H // K, N)
 
+    def mix(v_PND: Tensor) -> Tensor:
+        out_UHD = (weights_PGN @ v_PND).view(-1, H, D).index_select(0, plan.used_U)
+        return out_UHD.new_zeros(B, H, D).index_add_(0, plan.owner_U, out_UHD)
 
-def _gather(pages_PKND: Tensor, blocks_RKM: Tensor) -> Tensor:
-    """The pages of each sequence in its order, [R, K, M · N, D]."""
-    (R, K, M), (P, _, N, D) = blocks_RKM.shape, pages_PKND.shape
-    if pages_PKND.is_contiguous():  # whole blocks, several times as fast
-        rows = pages_PKND.view(P * K, N * D).index_select(0, blocks_RKM.flatten())
-        return rows.view(R, K, M * N, D)
-    return pages_PKND[blocks_RKM // K, blocks_RKM % K].reshape(R, K, M * N, D)
+    v_PND = plan.read(v_pages, wide)
+    out_BHD = mix(v_PND)
+    if not math.isfinite(out_BHD.sum()):  # perhaps 0 · NaN from a slot that nobody may read
+        dead_PN = plan.dead_BMN.view(-1, N)[plan.place_P].repeat_interleave(K, 0)
+        out_BHD = mix(v_PND.masked_fill(dead_PN[..., None], 0))
+    return out_BHD.to(q_BHD.dtype), scores_BHS

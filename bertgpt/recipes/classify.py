@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertgpt.bert import BertForSequenceClassification
 from bertgpt.recipes.datasets import Text
 from bertgpt.recipes.inputs import Item, batches
 from bertgpt.recipes.metrics import accuracy, macro_f1
@@ -43,7 +42,7 @@ class HandOn:
 class Classifier(Recipe):
     """A text's class, or a pair's."""
 
-    model_class = BertForSequenceClassification
+    head = "ForSequenceClassification"
     metric = "accuracy"
     baseline_name = "the commonest class"
 
@@ -83,7 +82,7 @@ class Classifier(Recipe):
                     f"{', '.join(known)}"
                 )
             target = known[example.label] if example.label else None
-            items.append(Item(coded.ids, coded.type_ids, target, i))
+            items.append(Item(coded.ids, self._types(coded), target, i))
         return items
 
     def targets(self, items: Sequence[Item]) -> tuple[dict[str, Tensor], int]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bertgpt.bert import BertConfig
+from bertgpt.auto import encoder_class
+from bertgpt.configuration import PretrainedConfig
 from bertgpt.recipes.classify import Classifier
 from bertgpt.recipes.datasets import read_questions, read_sentences, read_texts
 from bertgpt.recipes.loop import train
@@ -89,7 +90,7 @@ def new_recipe(
 
     Args:
         task: one of `RECIPES`.
-        folder: a BERT's, with its tokenizer.
+        folder: of BERT or a family like it, with its tokenizer.
         examples: whose classes the head is for.
         max_length: longest sequence in tokens; by default the recipe's usual one.
         seed: of a new head's weights.
@@ -102,8 +103,9 @@ def new_recipe(
     kind = RECIPES[task]
     named: dict[str, Any] = {}
     names = kind.labels(examples)
-    stored = BertConfig.from_pretrained(folder)
-    if kind.model_class.__name__ in (stored.architectures or []):
+    model_class = encoder_class(folder, kind.head)
+    stored = model_class.config_class.from_pretrained(folder)
+    if any(name.endswith(kind.head) for name in stored.architectures or []):
         names = _names_of_nameless(stored, names)
     if names is not None:
         named = {
@@ -113,11 +115,11 @@ def new_recipe(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message=".* has no weights for")  # the head is new
-        model = kind.model_class.from_pretrained(folder, dtype=torch.float32, **named)
+        model = model_class.from_pretrained(folder, dtype=torch.float32, **named)
     return kind(model, load_tokenizer(folder), max_length)
 
 
-def _names_of_nameless(stored: BertConfig, names: list[str] | None) -> list[str] | None:
+def _names_of_nameless(stored: PretrainedConfig, names: list[str] | None) -> list[str] | None:
     """What a stored head's classes are to be called, if their names say nothing; else None.
 
     Stock numbers classes that nobody named, and leaves even that out where they are two.
@@ -194,11 +196,11 @@ def finetune(
     resume: bool = False,
     console: Console | None = None,
 ) -> tuple[Recipe, Report, list[Any]]:
-    """Fine-tunes a BERT on labelled data and writes a folder that stock transformers loads.
+    """Fine-tunes an encoder on labelled data and writes a folder that stock transformers loads.
 
     Args:
         task: one of `RECIPES`.
-        folder: the BERT and its tokenizer.
+        folder: the encoder and its tokenizer.
         data: labelled data, in the format of the task.
         settings: the run; its `output` becomes the model's folder, tokenizer and figures included.
         columns: where a table keeps its texts and classes.
@@ -270,7 +272,7 @@ class Predictor:
             raise ValueError(
                 f"{folder} has no sound {FACTS}, as `bertgpt finetune` leaves it ({error!r})"
             ) from None
-        model = kind.model_class.from_pretrained(folder).to(device)
+        model = encoder_class(folder, kind.head).from_pretrained(folder).to(device)
         return cls(task, kind(model, load_tokenizer(folder), max_length), columns, threshold)
 
     def predict(self, data: Path) -> Iterator[Mapping[str, Any]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TaskName(StrEnum):
-    """What a BERT can be fine-tuned for."""
+    """What an encoder can be fine-tuned for."""
 
     CLASSIFY = "classify"
     PAIR = "pair"
@@ -29,7 +29,10 @@ class TaskName(StrEnum):
 
 
 Folder = Annotated[
-    Path, typer.Option(exists=True, file_okay=False, help="Folder of a BERT and its tokenizer.")
+    Path,
+    typer.Option(
+        exists=True, file_okay=False, help="Folder of a BERT (or the like) and its tokenizer."
+    ),
 ]
 Threshold = Annotated[
     float | None,

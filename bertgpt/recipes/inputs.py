@@ -33,8 +33,8 @@ class Item:
 
 
 def pack_items(items: Sequence[Item], device: torch.device | str = "cpu") -> PackedBatch:
-    """The items' tokens as one batch."""
-    types = [item.types for item in items]
+    """The items' tokens as one batch, their types left out where all are 0."""
+    types = [item.types for item in items] if any(any(item.types) for item in items) else None
     return pack([item.ids for item in items], token_type_ids=types, device=device)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertgpt.bert import BertForQuestionAnswering
 from bertgpt.recipes.datasets import Question
 from bertgpt.recipes.inputs import Item, batches
 from bertgpt.recipes.metrics import answer_f1, exact_match, normalise
@@ -47,7 +46,7 @@ _NONE = Answer("", 0, -math.inf)
 class Answerer(Recipe):
     """The span of a context that answers a question."""
 
-    model_class = BertForQuestionAnswering
+    head = "ForQuestionAnswering"
     usual_length = 384  # a question needs the text around its answer
     metric = "f1"
     baseline_name = "the sentence that shares most words with the question"
@@ -81,7 +80,7 @@ class Answerer(Recipe):
                     for part, offsets in zip(window.sequence_ids, window.offsets, strict=True)
                 )
                 target = _target(places, *example.answers[0]) if example.answers else None
-                items.append(Item(window.ids, window.type_ids, target, i, places))
+                items.append(Item(window.ids, self._types(window), target, i, places))
         return items
 
     def _question(self, example: Question) -> str:

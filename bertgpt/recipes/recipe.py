@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bertgpt.bert import BertPreTrainedModel
 from bertgpt.packing import PackedBatch
 from bertgpt.recipes.inputs import Item, pack_items
 from bertgpt.recipes.task import Batch
@@ -20,13 +19,13 @@ class Recipe:
     """Base of the recipes.
 
     Args:
-        model: a model of `model_class`, or one that takes and gives the same.
+        model: one of BERT's or a family like it, with the head that is wanted.
         tokenizer: one of the `tokenizers` library, without padding and truncation.
         max_length: longest sequence in tokens; by default `usual_length`, or the model's positions
             if those are fewer.
 
     Attributes:
-        model_class: the model with the head that is wanted.
+        head: what follows the family's name in the name of a model with the head that is wanted.
         usual_length: longest sequence where nothing else is said, in tokens.
         metric: the figure that says how good predictions are, one of `evaluate`'s.
         baseline_name: what `baseline` does, in words.
@@ -35,13 +34,14 @@ class Recipe:
         ValueError: `max_length` is too small, or more than the model has positions.
     """
 
-    model_class: ClassVar[type[BertPreTrainedModel]]
+    head: ClassVar[str]
     usual_length: ClassVar[int] = 128
     metric: ClassVar[str]
     baseline_name: ClassVar[str]
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
-        positions = model.config.max_position_embeddings
+        limits = model.base_model.limits
+        positions = limits.longest
         if max_length is None:
             max_length = min(self.usual_length, positions)
         if not min(_LEAST, positions) <= max_length <= positions:
@@ -50,6 +50,7 @@ class Recipe:
                 f"positions, not {max_length}"
             )
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self._parted = limits.types > 1
 
     @classmethod
     def labels(cls, examples: Sequence[Any]) -> list[str] | None:
@@ -84,6 +85,10 @@ class Recipe:
     def describe(self, example: Any, prediction: Any) -> Mapping[str, Any]:
         """A prediction as it is written in JSON."""
         raise NotImplementedError
+
+    def _types(self, coded: Any) -> list[int]:
+        """A tokenizer's types of tokens, for a model that tells a pair's texts apart by them."""
+        return coded.type_ids if self._parted else [0] * len(coded.ids)
 
     def collate(self, items: Sequence[Item], seeds: Sequence[int]) -> Batch:
         """A batch to learn from; nothing in it is random."""

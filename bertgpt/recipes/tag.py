@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertgpt.bert import BertForTokenClassification
 from bertgpt.objectives import IGNORE
 from bertgpt.recipes.datasets import Sentence
 from bertgpt.recipes.inputs import Item, batches
@@ -22,13 +21,16 @@ Tags = list[str]
 class Tagger(Recipe):
     """BIO tags of a sentence's words."""
 
-    model_class = BertForTokenClassification
+    head = "ForTokenClassification"
     metric = "span_f1"
     baseline_name = "each word's commonest tag, O where it is new"
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(model, tokenizer, max_length)
         tokenizer.enable_truncation(self.max_length)
+        pieces = tokenizer.pre_tokenizer
+        if hasattr(pieces, "add_prefix_space"):  # words come one by one, and follow a space
+            pieces.add_prefix_space = True
 
     @classmethod
     def labels(cls, examples: Sequence[Sentence]) -> list[str]:
@@ -73,7 +75,7 @@ class Tagger(Recipe):
                 target = None
                 if example.tags:
                     target = [IGNORE if w is None else known[example.tags[w]] for w in places]
-                items.append(Item(window.ids, window.type_ids, target, i, tuple(places)))
+                items.append(Item(window.ids, self._types(window), target, i, tuple(places)))
         return items
 
     def targets(self, items: Sequence[Item]) -> tuple[dict[str, Tensor], int]:
