@@ -1,5 +1,8 @@
 """What must not be read through in a patched model is called: hooks, adapters, odd weights."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from models import TOLERANCE
@@ -15,8 +18,10 @@ from patching import (
     rows_seen,
 )
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import bertgpt
+from bertgpt import ops
 
 
 @pytest.fixture(params=MODELS)
@@ -178,3 +183,21 @@ def test_parametrised_and_tied_weights(model):
     report = bertgpt.patch(model)
     assert any("Parametrized" in item.reason for item in report.skipped)
     assert_close(model(**inputs), stock, inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("left_alone", [True, False])
+def test_ops_are_around_their_torch_backend_where_something_watches(left_alone, monkeypatch):
+    model, called = bert(), []
+    bertgpt.patch(model)
+
+    def spy(op, *args, **options):
+        called.append(1)
+        return op(*args, **options)
+
+    for name in ("gelu_ffn", "add_layer_norm"):
+        monkeypatch.setattr(ops, name, partial(spy, getattr(ops, name)))
+    watching = nullcontext() if left_alone else FlopCounterMode(display=False)
+    with torch.no_grad(), watching, rows_seen() as seen:
+        model(**ragged())
+    assert len(seen) == 4
+    assert len(called) == (0 if left_alone else 6)

@@ -1,5 +1,8 @@
 """`attn_implementation="bertgpt"` against eager attention: masks of every kind, packed rows."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -256,9 +259,17 @@ def test_patched_and_registered_together(name):
         assert_close(ours(**inputs), stock(**inputs), inputs["attention_mask"])
 
 
-def test_saved_models_load_with_the_name(tmp_path):
+def test_saved_models_load_with_the_name_as_the_page_shows(tmp_path, monkeypatch):
     stock = build("BertModel", "eager", **SMALL)
     stock.save_pretrained(tmp_path)
-    ours = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="bertgpt")
+    calls, attend = [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
+    page = Path(__file__).resolve().parent.parent / "docs" / "drop_in.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    (shown,) = (block for block in blocks if "register()" in block)
+    names = {"bertgpt": bertgpt, "folder": tmp_path}
+    exec(shown, names)
     inputs = ragged("left")
-    assert_close(ours.eval()(**inputs), stock(**inputs), inputs["attention_mask"])
+    found = names["model"].eval()(**inputs)
+    assert len(calls) == SMALL["num_hidden_layers"]
+    assert_close(found, stock(**inputs), inputs["attention_mask"])
