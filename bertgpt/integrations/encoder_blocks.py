@@ -63,7 +63,7 @@ class BertLayer(PostNormLayer):
     def parts(self) -> Parts:
         """Where the layer's weights are."""
         # Not by attributes, which take several times as long, at each call of each layer.
-        own = self._modules
+        own: dict[str, Any] = self._modules
         outer, intermediate, output = own["attention"], own["intermediate"], own["output"]
         inner, attended = outer._modules["self"], outer._modules["output"]
         part = inner._modules
@@ -86,7 +86,8 @@ class BertLayer(PostNormLayer):
 
     def norms(self) -> tuple[Norm, Norm]:
         """The dropout and the norm after each sub-block."""
-        first, second = self.attention._modules["output"]._modules, self.output._modules
+        own: dict[str, Any] = self._modules
+        first, second = own["attention"]._modules["output"]._modules, own["output"]._modules
         return (first["dropout"], first["LayerNorm"]), (second["dropout"], second["LayerNorm"])
 
     def attend_as_stock(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
