@@ -236,7 +236,9 @@ def test_versions_that_are_not_known(version, monkeypatch):
     model = bert()
     monkeypatch.setattr(versions.transformers, "__version__", version)
     for call in (lambda: bertgpt.patch(model), bertgpt.register):
-        with pytest.raises(RuntimeError, match=rf"{version} is not known here.*from 5\.23 up to 5\.25"):
+        with pytest.raises(
+            RuntimeError, match=rf"{version} is not known here.*from 5\.23 up to 5\.25"
+        ):
             call()
     assert not any(isinstance(m, Patched) for m in model.modules())
 
