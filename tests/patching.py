@@ -8,7 +8,7 @@ import torch
 import transformers
 from models import BERT, GPT2, TOLERANCE, ragged_mask, random_ids
 
-from bertgpt import ops
+from bertgpt import portable
 
 GRADIENT_TOLERANCE = 1e-3
 SIDES = ("right", "left", "both", "holes")
@@ -136,16 +136,16 @@ def assert_same_state(model, before):
 
 @contextmanager
 def rows_seen(op="add_layer_norm"):
-    """The leading shapes that an op is called with while patched models run."""
+    """The leading shapes that an op's torch backend is called with while patched models run."""
     seen = []
-    original = getattr(ops, op)
+    original = getattr(portable, op)
 
     def spy(x, *args, **kwargs):
         seen.append(tuple(x.shape[:-1]))
         return original(x, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(ops, op, spy)
+        patcher.setattr(portable, op, spy)
         yield seen
 
 

@@ -16,11 +16,12 @@ from bertgpt.integrations.inspection import (
     first_obstacle,
     gelu_of,
     is_linear,
-    unread,
+    weights_of,
 )
 from bertgpt.integrations.padding import Packing, attend_padded
 from bertgpt.ops._checks import autocasting
 from bertgpt.ops._watched import alone
+from bertgpt.portable import products
 
 Mask = Packing | Tensor | None
 
@@ -88,8 +89,10 @@ class Attention(NamedTuple):
 
 def _linear(module: Any, x: Tensor, read: bool) -> Tensor:
     """What the module gives, by its weights where they may be read: on a CPU's faster GEMM."""
-    if read and unread(module, nn.Linear) is None and module.weight.dtype == x.dtype:
-        return portable.products.linear(x, module.weight, module.bias)
+    if read:
+        weights = weights_of(module, nn.Linear)
+        if weights is not None and weights[0].dtype == x.dtype:
+            return products.linear(x, *weights)
     made: Tensor = module(x)
     return made
 
@@ -131,13 +134,15 @@ class FeedForward(NamedTuple):
         gelu, inner, outer = gelu_of(self.activation), self.inner, self.outer
         if gelu is None:
             return outer(self.activation(inner(x)))
-        if unread(inner, nn.Linear) or unread(outer, nn.Linear):
+        into, out_of = weights_of(inner, nn.Linear), weights_of(outer, nn.Linear)
+        if into is None or out_of is None:
             return outer(nn.functional.gelu(inner(x), approximate=gelu))
-        weights = inner.weight, inner.bias, outer.weight, outer.bias
-        if alone(x) and weights[0].dtype == weights[2].dtype == x.dtype:
-            return portable.gelu_ffn(x, *weights, approximate=gelu)
-        out: Tensor = ops.gelu_ffn(x, *weights, approximate=gelu)
-        return out
+        made: Any
+        if alone(x) and into[0].dtype == out_of[0].dtype == x.dtype:
+            made = portable.gelu_ffn(x, *into, *out_of, approximate=gelu)
+        else:
+            made = ops.gelu_ffn(x, *into, *out_of, approximate=gelu)
+        return made
 
 
 def add_norm(
@@ -153,20 +158,18 @@ def add_norm(
     """
     made: Any
     p = 0.0 if dropout is None else dropout_of(dropout)
-    if p is None or unread(norm, nn.LayerNorm) or norm.weight.dtype != residual.dtype:
+    weights = weights_of(norm, nn.LayerNorm)
+    if p is None or weights is None or weights[0].dtype != residual.dtype:
         total = (x if dropout is None else dropout(x)) + residual
         return norm(total), total
     if p == 0.0 and x.dtype == residual.dtype and alone(x):
-        made = portable.add_layer_norm(
-            x, residual, norm.weight, norm.bias, eps=norm.eps, return_sum=return_sum
-        )
+        made = portable.add_layer_norm(x, residual, *weights, eps=norm.eps, return_sum=return_sum)
         return made if return_sum else (made, made)
     with _without_autocast(x.device.type):
         made = ops.add_layer_norm(
             x.to(residual.dtype),
             residual,
-            norm.weight,
-            norm.bias,
+            *weights,
             eps=norm.eps,
             dropout_p=p,
             return_sum=return_sum,

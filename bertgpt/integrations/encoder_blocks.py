@@ -62,28 +62,32 @@ class BertLayer(PostNormLayer):
 
     def parts(self) -> Parts:
         """Where the layer's weights are."""
-        outer, inner = self.attention, self.attention.self
+        # Not by attributes, which take several times as long, at each call of each layer.
+        own = self._modules
+        outer, intermediate, output = own["attention"], own["intermediate"], own["output"]
+        inner, attended = outer._modules["self"], outer._modules["output"]
+        part = inner._modules
         attention = Attention(
-            owners=(outer, inner, outer.output),
-            projections=(inner.query, inner.key, inner.value),
-            out=outer.output.dense,
-            weights_dropout=inner.dropout,
+            owners=(outer, inner, attended),
+            projections=(part["query"], part["key"], part["value"]),
+            out=attended._modules["dense"],
+            weights_dropout=part["dropout"],
             dropping=inner.training,
             head_dim=inner.attention_head_size,
             scale=inner.scaling,
         )
         feed_forward = FeedForward(
-            owners=(self.intermediate, self.output),
-            inner=self.intermediate.dense,
-            activation=self.intermediate.intermediate_act_fn,
-            outer=self.output.dense,
+            owners=(intermediate, output),
+            inner=intermediate._modules["dense"],
+            activation=intermediate.intermediate_act_fn,
+            outer=output._modules["dense"],
         )
         return Parts(attention, feed_forward)
 
     def norms(self) -> tuple[Norm, Norm]:
         """The dropout and the norm after each sub-block."""
-        first, second = self.attention.output, self.output
-        return (first.dropout, first.LayerNorm), (second.dropout, second.LayerNorm)
+        first, second = self.attention._modules["output"]._modules, self.output._modules
+        return (first["dropout"], first["LayerNorm"]), (second["dropout"], second["LayerNorm"])
 
     def attend_as_stock(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
         """Calls the stock modules."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers.activations import (
     FastGELUActivation,
@@ -101,14 +101,19 @@ def is_linear(module: Any) -> bool:
     )
 
 
-def unread(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why the weights of `module`, a plain `kind` in stock models, must not be read; None if so."""
-    if type(module) is not kind:
-        return f"a {type(module).__name__}"
-    weight, bias = module.weight, module.bias
+def weights_of(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a plain `kind` that may be passed by; None for what must be called.
+
+    That is for another class, a weight that is no plain parameter (parametrised, of a tensor
+    subclass), or an obstacle.
+    """
+    if type(module) is not kind or obstacle(module) is not None:
+        return None
+    own = module._parameters  # not by attributes, which take several times as long
+    weight, bias = own.get("weight"), own.get("bias")
     if type(weight) is not Parameter or not (bias is None or type(bias) is Parameter):
-        return f"its weight is a {type(weight).__name__}"
-    return obstacle(module)
+        return None
+    return weight, bias
 
 
 def dropout_of(module: nn.Module) -> float | None:

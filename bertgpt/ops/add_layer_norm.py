@@ -99,10 +99,10 @@ def _check_columns(name: str, parameter: Tensor, x: Tensor, columns: tuple[int, 
     checks.check_shape(name, parameter, columns, "one per column of x")
 
 
-def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
+def _run(function: Any, **call: Any) -> tuple[Tensor, Tensor]:
     x = call["x"]
     if not call["return_sum"]:
-        return function(**call).contiguous(), None
+        return function(**call).contiguous(), x.new_empty(0)
     y, total = function(**call)
     if total is x:  # nothing dropped or added, and an operator must not return its argument
         total = x.clone(memory_format=torch.contiguous_format)

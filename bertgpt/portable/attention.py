@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bertgpt import reference
 
+_WIDE = (torch.float32, torch.float64)
 _LSE_SCORES = 2**20  # scores that the log-sum-exp pass holds at once: 4 MiB in float32
 
 
@@ -259,4 +260,4 @@ def _lse_packed(
 
 def _widened(t: Tensor) -> Tensor:
     """A half as float32, anything wider as it is."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype in _WIDE else t.float()

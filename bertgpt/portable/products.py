@@ -46,9 +46,11 @@ def is_finite(y: Tensor) -> bool:
 
 def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     """Whether oneDNN can multiply these as they lie: float32 on a CPU, without gradients."""
-    if not _is_float32_on_cpu(x, w) or 0 in (*x.shape, *w.shape):
+    if not _is_float32_on_cpu(x, w) or x.numel() == 0 or w.numel() == 0:
         return False
-    if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
+    if not (x.is_contiguous() and w.is_contiguous()):  # it would misread others
+        return False
+    if b is not None and not b.is_contiguous():
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
         return False
@@ -58,9 +60,8 @@ def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if x.numel() == x.shape[-1]:  # of a single row oneDNN adds the terms up in another order
         return _onednn(x.reshape(1, -1).expand(2, -1), w, b)[0].view(*x.shape[:-1], -1)
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    return multiply(x.contiguous(), w.contiguous(), b, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w.contiguous(), b, "none", [], "")
 
 
 def _is_float32_on_cpu(x: Tensor, w: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == w.dtype == torch.float32
+    return x.is_cpu and x.dtype == w.dtype == torch.float32
