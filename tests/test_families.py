@@ -232,6 +232,16 @@ def test_nothing_is_read_back_from_the_device_inside():
         assert model(pack([[5, 6, 7], [8]]).to("meta")).logits.shape == (4, 61)
 
 
+@pytest.mark.parametrize("name", BODIES)
+def test_a_packed_batch_goes_through_one_compiled_graph(name):
+    model, _ = family_twins(name)
+    batch = pack([[5, 6, 2, 7], [8, 9]])
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(batch)[0]
+        assert largest_difference(whole(batch)[0], expected) <= 1e-6
+
+
 @pytest.mark.parametrize("name", WORDS)
 def test_gradient_checkpointing_changes_no_bit(name):
     model, _ = family_twins(name)
