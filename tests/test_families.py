@@ -23,7 +23,7 @@ from families import (
 from models import TOLERANCE, gradients_by_name, largest_difference, ragged_mask, random_ids
 
 import bertgpt
-from bertgpt import pack
+from bertgpt import pack, unpad
 
 SIDES = ("right", "left", "both", "holes")
 POOLED = [*SEQUENCES, *CHOICES, NEXT]
@@ -203,6 +203,9 @@ def test_roberta_counts_past_its_padding_token():
     packed = model(pack([*ids, []]))
     assert largest_difference(packed[0].view(4, 12, -1), stock(ids)[0]) <= TOLERANCE
     assert largest_difference(model(ids)[0], stock(ids)[0]) <= TOLERANCE
+    embeds = torch.randn(4, 12, 21)
+    packed = model(unpad(embeds, torch.ones_like(ids)))
+    assert largest_difference(packed[0], stock(inputs_embeds=embeds)[0]) <= TOLERANCE
     model(ids)[0].sum().backward()
     table = model.embeddings.position_embeddings.weight.grad
     assert table[2].eq(0).all()
