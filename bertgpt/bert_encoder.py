@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bertgpt.checkpoint import KeyTable, map_keys
 from bertgpt.configuration import PretrainedConfig, check_shapes, refuse, require
-from bertgpt.door import Limits, Run, enter, leave
+from bertgpt.door import Limits, Run, enter, leave, positions
 from bertgpt.layers import (
     ACTIVATIONS,
     AddNorm,
@@ -175,9 +175,8 @@ class Encoder(PreTrainedModel):
 
     def encode(self, batch: PackedBatch, every_layer: bool = False) -> tuple[Tensor, ...]:
         """Hidden states `[T, E]`: the last layer's, or the embeddings' and each layer's."""
-        terms = self.embeddings(
-            batch.values, batch.positions(), batch.token_type_ids, batch.task_type_ids
-        )
+        places = positions(batch, self.limits)
+        terms = self.embeddings(batch.values, places, batch.token_type_ids, batch.task_type_ids)
         x_TE = self.embeddings_dropout(self.embeddings_norm(*terms))
         if self.projection is not None:
             x_TE = self.projection(x_TE)

@@ -7,7 +7,7 @@ made and costs none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,8 @@ def enter(
         for name, value in rest.items():
             if value is not None:
                 raise ValueError(f"{name} beside a PackedBatch: give it to pack() instead")
-        batch = input_ids
-        _check(batch, limits)
-        if limits.padding is not None and batch.position_ids is None:
-            batch = _number(batch, limits.padding)
-        return batch
+        _check(input_ids, limits)
+        return input_ids
     padded = _one_input(input_ids, inputs_embeds)
     given = position_ids
     if given is None and limits.padding is not None:
@@ -105,6 +102,21 @@ def enter(
         raise _too_long(last - limits.positions + 1 + limits.longest, limits)
     _check(batch, limits)
     return batch
+
+
+def positions(batch: PackedBatch, limits: Limits) -> Tensor:
+    """Position of every token `[T]`: as given, or counted as `limits.padding` says."""
+    padding = limits.padding
+    if padding is None or batch.position_ids is not None:
+        return batch.positions()
+    places = batch.positions() + 1
+    if batch.values.ndim > 1:  # embeddings, none of which is known to be padding
+        return places + padding
+    skipped = (batch.values == padding).long()
+    before = nn.functional.pad(skipped.cumsum(0), (1, 0))
+    earlier = before[batch.cu_seqlens[:-1].long()]  # in the sequences before each
+    earlier = earlier.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(skipped))
+    return (places + earlier - before[1:]) * (1 - skipped) + padding
 
 
 def leave(values: Tensor, batch: PackedBatch, fill: float = 0.0) -> Tensor:
@@ -224,18 +236,3 @@ def _numbers(padded: Tensor, padding: int) -> Tensor:
     """Position of each cell `[B, L]`, padded ids counted past the padding token, embeddings all."""
     real = padded != padding if padded.ndim == 2 else torch.ones_like(padded[..., 0])
     return real.long().cumsum(1) * real.long() + padding
-
-
-def _number(batch: PackedBatch, padding: int) -> PackedBatch:
-    """The batch with each token's position: its number in its sequence, as `_numbers` counts."""
-    places = batch.positions() + 1
-    if batch.values.ndim == 1:
-        skipped = (batch.values == padding).long()
-        before = nn.functional.pad(skipped.cumsum(0), (1, 0))
-        starts = before[batch.cu_seqlens[:-1].long()]
-        lengths = batch.cu_seqlens.diff()
-        starts = starts.repeat_interleave(lengths, output_size=len(skipped))
-        places = (places + starts - before[1:]) * (1 - skipped)
-    # Bounds known without asking the device.
-    ranges = {**batch.ranges, "position_ids": (padding, padding + batch.max_seqlen)}
-    return replace(batch, position_ids=places + padding, ranges=ranges)

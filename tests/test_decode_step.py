@@ -86,5 +86,9 @@ def test_a_gpu_replays_graphs():
     assert "replayed from one CUDA graph" in engine.explain()
     requests = [engine.submit(p, 16, eos_token_id=()) for p in some_prompts(10)]
     assert [request.result() for request in requests] == [alone(r) for r in requests]
+    weights = {n: torch.randn_like(w) for n, w in engine.model.state_dict().items()}
+    engine.model.load_state_dict(weights, assign=True)
+    moved = engine.submit([5] * 9, 16, eos_token_id=())
+    assert moved.result() == alone(moved)
     assert torch.cuda.is_available()
     assert "replayed from one CUDA graph" in engine.explain()

@@ -23,7 +23,7 @@ from families import (
 from models import TOLERANCE, gradients_by_name, largest_difference, ragged_mask, random_ids
 
 import bertgpt
-from bertgpt import pack
+from bertgpt import pack, unpad
 
 SIDES = ("right", "left", "both", "holes")
 POOLED = [*SEQUENCES, *CHOICES, NEXT]
@@ -203,6 +203,9 @@ def test_roberta_counts_past_its_padding_token():
     packed = model(pack([*ids, []]))
     assert largest_difference(packed[0].view(4, 12, -1), stock(ids)[0]) <= TOLERANCE
     assert largest_difference(model(ids)[0], stock(ids)[0]) <= TOLERANCE
+    embeds = torch.randn(4, 12, 21)
+    packed = model(unpad(embeds, torch.ones_like(ids)))
+    assert largest_difference(packed[0], stock(inputs_embeds=embeds)[0]) <= TOLERANCE
     model(ids)[0].sum().backward()
     table = model.embeddings.position_embeddings.weight.grad
     assert table[2].eq(0).all()
@@ -230,6 +233,16 @@ def test_nothing_is_read_back_from_the_device_inside():
         config = getattr(bertgpt, f"{family_of(name)}Config")(**CONFIGS[family_of(name)])
         model = getattr(bertgpt, name)(config).to("meta").eval()
         assert model(pack([[5, 6, 7], [8]]).to("meta")).logits.shape == (4, 61)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_packed_batch_goes_through_one_compiled_graph(name):
+    model, _ = family_twins(name)
+    batch = pack([[5, 6, 2, 7], [8, 9]])
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(batch)[0]
+        assert largest_difference(whole(batch)[0], expected) <= 1e-6
 
 
 @pytest.mark.parametrize("name", WORDS)
