@@ -83,10 +83,7 @@ class Engine:
         if model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
         if model.mesh is not None:
-            raise ValueError(
-                "the model is split over ranks, whose engines would not take the same steps: call "
-                "its generate(), or give each rank a whole model and an engine of its own"
-            )
+            raise ValueError("engines of a model split over ranks would part: call its generate()")
         for name, size in (("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             check_int(name, size)
             if size < 1:

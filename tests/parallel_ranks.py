@@ -31,8 +31,13 @@ NEO = {
     "max_position_embeddings": 48,
 }
 OPENAI = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 48, "attn_pdrop": 0.0}
+ALBERT = BERT | {"embedding_size": 16}
+DISTIL = {"dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "attention_dropout": 0.0}
 MODELS = {
     "BertForMaskedLM": BERT,
+    "RobertaForMaskedLM": BERT,
+    "AlbertForMaskedLM": ALBERT,
+    "DistilBertForMaskedLM": DISTIL,
     "GPT2LMHeadModel": GPT2,
     "GPTNeoForCausalLM": NEO,
     "OpenAIGPTLMHeadModel": OPENAI,
