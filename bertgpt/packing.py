@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -60,6 +59,8 @@ class PackedBatch:
         ranges: bounds on the values of each id tensor, by field name, on the host. Filled in here
             (one device-to-host copy for CUDA tensors); leave it out when building a batch by hand.
         task_type_ids: `[T]` integers, or None for all zeros; for ERNIE.
+        max_seqlen: length of the longest sequence, 0 for an empty batch; not an argument.
+        equal_lengths: whether `[T, ...]` may be viewed as `[B, max_seqlen, ...]`; likewise.
 
     Raises:
         TypeError: a field's dtype is not the one above.
@@ -74,6 +75,8 @@ class PackedBatch:
     grid: Grid | None = None
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     task_type_ids: Tensor | None = None
+    max_seqlen: int = field(init=False, repr=False)
+    equal_lengths: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("values", "cu_seqlens"):
@@ -106,6 +109,9 @@ class PackedBatch:
                 raise ValueError(f"{name} must have shape [{tokens}], not {list(ids.shape)}")
         for name in ("cu_seqlens", *_BESIDE):
             _check_device(name, getattr(self, name), "values", self.values)
+        object.__setattr__(self, "max_seqlen", max(self.lengths, default=0))
+        equal = bool(self.lengths) and min(self.lengths) == self.max_seqlen
+        object.__setattr__(self, "equal_lengths", equal)
         missing = {
             name: ids
             for name, ids in self._ids().items()
@@ -124,16 +130,6 @@ class PackedBatch:
     def input_ids(self) -> Tensor:
         """The packed values under the name that models give them."""
         return self.values
-
-    @cached_property
-    def max_seqlen(self) -> int:
-        """Length of the longest sequence, 0 for an empty batch."""
-        return max(self.lengths, default=0)
-
-    @cached_property
-    def equal_lengths(self) -> bool:
-        """Whether `[T, ...]` may be viewed as `[B, max_seqlen, ...]`."""
-        return bool(self.lengths) and min(self.lengths) == self.max_seqlen
 
     def __len__(self) -> int:
         """Number of sequences."""
