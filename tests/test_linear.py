@@ -35,7 +35,7 @@ def onednn_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("leading", [(4,), (16,), (2, 40), (4, 3, 2)])
+@pytest.mark.parametrize("leading", [(16,), (2, 40), (4, 3, 2)])
 def test_large_products_are_onednns_and_accurate(leading, biased, onednn_calls):
     _, w, b = inputs(*LARGE)
     x = randn(*leading, LARGE[1])
@@ -50,6 +50,7 @@ def test_what_onednn_would_misread_or_not_win_is_torchs(onednn_calls):
     trained = w.clone().requires_grad_()
     assert linear(x, trained, b).requires_grad
     others = [
+        (x[:4], w, b),
         (x, w[:8], b[:8]),
         (x[:0], w, b),
         (x.mT.contiguous().mT, w, b),

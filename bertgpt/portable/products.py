@@ -63,8 +63,7 @@ def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    return multiply(x.contiguous(), w.contiguous(), b, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w.contiguous(), b, "none", [], "")
 
 
 def _is_float32_on_cpu(x: Tensor, w: Tensor) -> bool:
