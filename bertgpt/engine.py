@@ -33,7 +33,8 @@ class Engine:
     """Continues the prompts of many clients at once.
 
     Requests come at any time. Their texts share every step, and a text is what it would be alone:
-    its draws depend on its own seed, and its scores on no other text. When pages run out, the text
+    its draws depend on its own seed, and its scores on no other text, but for the last bits of
+    sums. When pages run out, the text
     that is served last gives up its pages, and is read again later.
 
     Requests may be submitted and cancelled from any thread; steps run one at a time. A request that
@@ -184,7 +185,8 @@ class Engine:
         """Runs one step.
 
         Weights that have changed since the last one are heeded: texts that are being written are
-        read again with them, and nothing that was read before is reused.
+        read again with them, and nothing that was read before is reused. Where they change before
+        every step, a text that has grown longer than `prefill_tokens` waits until they rest.
 
         Returns:
             Whether some request is not finished.

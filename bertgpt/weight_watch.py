@@ -26,7 +26,7 @@ class WeightWatch:
     Seen are weights written in place (`load_state_dict`, `copy_`), written by one of torch's
     optimizers, moved (`to`, `.data = …`) or replaced, and modules replaced. Not seen are writes
     that torch does not count: through `.data` or `.detach().numpy()`, and to weights that were made
-    under `torch.inference_mode()`.
+    under `torch.inference_mode()`; nor a new `.data` that was given the memory of the old one.
 
     Args:
         model: The model.

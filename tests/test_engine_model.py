@@ -19,7 +19,7 @@ from engines import (
 from test_decode_step import traced
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bertgpt import DecodeBatch, PagedKVCache, weight_watch
+from bertgpt import DecodeBatch, PagedKVCache, engine_loop, weight_watch
 from bertgpt.sampling import SamplingOptions
 
 
@@ -156,6 +156,19 @@ def test_a_text_goes_on_with_the_new_weights(change):
     assert nothing_is_left(engine)
 
 
+def test_texts_that_fit_a_step_go_on_while_weights_change_at_each():
+    engine = small_engine(prefill_tokens=16)
+    long = engine.submit([6] * 20, 4, priority=-1, eos_token_id=())
+    short = [engine.submit([word] * 9, 7, eos_token_id=()) for word in (5, 7)]
+    for _ in range(3 * 7):
+        with torch.no_grad():
+            engine.model.transformer.layers[1].norm_1.weight.add_(0.01)
+        engine.step()
+    assert [len(request.tokens) for request in short] == [7, 7]
+    assert long.tokens == [], "it waits for two steps with the same weights"
+    assert long.result() == alone(long)
+
+
 def test_every_score_is_by_the_weights_of_its_step(monkeypatch):
     """Over forks, evictions, preemptions and known prefixes, while weights change now and then."""
     scores = Scores(monkeypatch)
@@ -246,6 +259,20 @@ def test_engines_are_made_while_others_are_told(monkeypatch):
     by_an_optimizer(model)
     thread.join()
     assert len(engines) == 2
+
+
+def test_a_change_is_waited_for_before_anything_is_read(monkeypatch):
+    """On a GPU weights may still be on their way, on a stream that no step waits for."""
+    engine, calls = small_engine(), []
+    monkeypatch.setattr(engine_loop, "wait_for_device", lambda device: calls.append(device.type))
+    monkeypatch.setattr(engine.cache, "forget", lambda: calls.append("forget"))
+    engine.submit([5] * 9, 6, eos_token_id=())
+    engine.step()
+    engine.step()
+    assert calls == []
+    CHANGES["loaded"](engine.model)
+    engine.run()
+    assert calls == ["cpu", "forget"]
 
 
 def test_what_is_told_while_a_step_forgets_is_seen_by_the_next(monkeypatch):
