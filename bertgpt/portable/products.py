@@ -1,7 +1,5 @@
 """Matrix products by the fastest library at hand: oneDNN for float32 on a CPU, else torch's own.
 
-The weight alone chooses, and oneDNN gives a row the same bits whatever other rows come with it: so
-a text's numbers depend neither on its batch nor on whether its tokens come together or one by one.
 oneDNN also fuses a GELU, which saves nothing that can be measured beside the product.
 """
 
@@ -14,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _INNER = 1024  # terms that oneDNN adds up one after the other: with more, roundings show,
-_PART = 768  # and so they are added up in parts
-_WEIGHTS = 2**16  # with fewer, oneDNN's longer way to its kernel costs more than it saves
+_PART = 768  # and so they are added up in parts,
+_ROWS_OF_PARTS = 64  # where there are rows enough beside which copying the weight's is cheap
+_MULTIPLICATIONS = 3 * 2**19  # below, oneDNN's longer way to its kernel costs more than it saves
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """The product x · wᵀ + b, for x [..., K], w [N, K] and b [N], all of one dtype."""
-    if w.numel() < _WEIGHTS or not _takes_onednn(x, w, b):
+    if not (_is_worth_onednn(x, w) and _takes_onednn(x, w, b)):
         return F.linear(x, w, b)
     if x.shape[-1] <= _INNER:
         return _onednn(x, w, b)
@@ -44,13 +43,19 @@ def is_finite(y: Tensor) -> bool:
     return math.isfinite(y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32)))
 
 
+def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
+    *outer, inner = x.shape
+    rows = math.prod(outer)
+    if rows * inner * w.shape[0] < _MULTIPLICATIONS:
+        return False
+    return inner <= _INNER or rows >= _ROWS_OF_PARTS
+
+
 def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     """Whether oneDNN can multiply these as they lie: float32 on a CPU, without gradients."""
-    if not _is_float32_on_cpu(x, w) or x.numel() == 0 or w.numel() == 0:
+    if not _is_float32_on_cpu(x, w) or 0 in (*x.shape, *w.shape):
         return False
-    if not (x.is_contiguous() and w.is_contiguous()):  # it would misread others
-        return False
-    if b is not None and not b.is_contiguous():
+    if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
         return False
@@ -58,10 +63,9 @@ def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    if x.numel() == x.shape[-1]:  # of a single row oneDNN adds the terms up in another order
-        return _onednn(x.reshape(1, -1).expand(2, -1), w, b)[0].view(*x.shape[:-1], -1)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w.contiguous(), b, "none", [], "")
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return multiply(x.contiguous(), w.contiguous(), b, "none", [], "")
 
 
 def _is_float32_on_cpu(x: Tensor, w: Tensor) -> bool:
-    return x.is_cpu and x.dtype == w.dtype == torch.float32
+    return x.device.type == "cpu" and x.dtype == w.dtype == torch.float32
