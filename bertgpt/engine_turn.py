@@ -17,8 +17,9 @@ class Turn:
     Clients call from threads with modes, current devices and streams of their own. Within, tensors
     are ordinary ones that any later turn can write to, even if the client is in inference mode; the
     engine's device is the current one; what the device still has to do for the turn before comes
-    first, if that was asked for on another stream (at first, for whoever makes this); and kernels that skip a bad index tell this
-    engine and no other. Turns must not overlap.
+    first, if that was asked for on another stream (for the first turn, what the thread that makes
+    this has asked for); and kernels that skip a bad index tell this engine and no other. Turns must
+    not overlap.
 
     Args:
         device: Where the engine's tensors are.
