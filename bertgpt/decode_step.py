@@ -7,6 +7,7 @@ rows of a bucket that no text takes up have length 0 and no slot.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
+
+# A wait for a whole device breaks a capture that another thread has begun, and is refused itself.
+_whole_device = threading.Lock()
 
 
 class DecodeStep:
@@ -126,8 +130,9 @@ class CudaCapture:
     def __call__(self, step: Step) -> Step:
         """A function that replays what `step` launches; it gives the same tensor each time."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads may go on using the device meanwhile. Entering waits for all of it.
+        mode = "thread_local"
+        with _whole_device, torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
             output = step()
         self._pool = graph.pool()
 
@@ -136,6 +141,13 @@ class CudaCapture:
             return output
 
         return replay
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Waits for what a GPU was asked for on any stream; on a CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        with _whole_device:
+            torch.cuda.synchronize(device)
 
 
 def _buckets(most: int) -> tuple[int, ...]:

@@ -33,7 +33,8 @@ class Engine:
     """Continues the prompts of many clients at once.
 
     Requests come at any time. Their texts share every step, and a text is what it would be alone:
-    its draws depend on its own seed, and its scores on no other text. When pages run out, the text
+    its draws depend on its own seed, and its scores on no other text, but for the last bits of
+    sums. When pages run out, the text
     that is served last gives up its pages, and is read again later.
 
     Requests may be submitted and cancelled from any thread; steps run one at a time. A request that
@@ -103,7 +104,6 @@ class Engine:
             zero_on_free=zero_on_free,
         )
         self._loop = EngineLoop(model, self.cache, max_batch, prefill_tokens)
-        self._max_batch = max_batch
         self._numbers = itertools.count()
         self._arrivals: deque[Request] = deque()
         self._departures: deque[tuple[Request, str, Exception | None]] = deque()
@@ -151,8 +151,8 @@ class Engine:
             IndexError: A token, or a stop token, outside the vocabulary. In each case nothing has
                 changed.
         """
-        request = self._request(
-            prompt,
+        (request,) = self._requests(
+            [prompt],
             max_new_tokens,
             sampling=sampling,
             num_return_sequences=num_return_sequences,
@@ -185,7 +185,8 @@ class Engine:
         """Runs one step.
 
         Weights that have changed since the last one are heeded: texts that are being written are
-        read again with them, and nothing that was read before is reused.
+        read again with them, and nothing that was read before is reused. Where they change before
+        every step, a text that has grown longer than `prefill_tokens` waits until they rest.
 
         Returns:
             Whether some request is not finished.
@@ -227,7 +228,7 @@ class Engine:
         """
         if isinstance(prompts, Tensor):
             raise TypeError("prompts must be a list of lists: a tensor's rows may be padded")
-        requests = [self._request(prompt, max_new_tokens, **options) for prompt in prompts]
+        requests = self._requests(prompts, max_new_tokens, **options)
         self._arrivals.extend(requests)
         try:
             while not all(request.finished for request in requests):
@@ -259,7 +260,8 @@ class Engine:
         Raises:
             TypeError, ValueError, IndexError: As `submit`, at once.
         """
-        return self._follow(self._request(prompt, max_new_tokens, **options))
+        (request,) = self._requests([prompt], max_new_tokens, **options)
+        return self._follow(request)
 
     def forget(self) -> None:
         """Before the next step, all that was read so far is forgotten.
@@ -285,6 +287,15 @@ class Engine:
         """What the engine has done so far."""
         return self._loop.metrics()
 
+    def _requests(
+        self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int, **options: Any
+    ) -> list[Request]:
+        """Requests whose arguments are right, not yet among the others; then they draw seeds."""
+        requests = [self._request(prompt, max_new_tokens, **options) for prompt in prompts]
+        for request in requests:
+            request.sampling = request.sampling.seeded()
+        return requests
+
     def _request(
         self,
         prompt: Sequence[int] | Tensor,
@@ -299,7 +310,7 @@ class Engine:
         priority: int = 0,
         deadline: float | None = None,
     ) -> Request:
-        """A request whose arguments are right, not yet among the others."""
+        """A request whose arguments are right, still without a seed if none was given."""
         if max_new_tokens is None:
             raise TypeError("max_new_tokens must be an integer, not None")
         job = make_job(
@@ -318,7 +329,7 @@ class Engine:
             return_log_probs=return_log_probs,
         )
         ids = job.prompts()[0]
-        self._check_size(len(ids) + max_new_tokens - 1, num_return_sequences)
+        self._loop.scheduler.check_fits(len(ids) + max_new_tokens, job.samples)
         now, seconds = monotonic(), check_deadline(deadline)
         request = Request(
             engine=self,
@@ -336,20 +347,6 @@ class Engine:
             Text(request, i, list(ids), job.stop.detector(ids)) for i in range(job.samples)
         ]
         return request
-
-    def _check_size(self, tokens: int, texts: int) -> None:
-        """A request can be served when it is alone. The last token is never read."""
-        size = self.cache.page_size
-        pages = -(-tokens // size)
-        if pages > self.cache.num_pages:
-            raise ValueError(
-                f"prompt and text take up to {tokens} tokens of the cache, {pages} pages of "
-                f"{size}, and the whole cache has {self.cache.num_pages}"
-            )
-        if texts > self._max_batch:
-            raise ValueError(
-                f"num_return_sequences={texts} is more than max_batch={self._max_batch}"
-            )
 
     def _sweep(self) -> None:
         """Lets in who has come, and ends whoever has gone or is late. Only under the lock."""

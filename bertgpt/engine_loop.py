@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bertgpt import ops
-from bertgpt.decode_step import DecodeStep
+from bertgpt.decode_step import DecodeStep, wait_for_device
 from bertgpt.engine_metrics import EngineMetrics, Mean
 from bertgpt.engine_request import Request, Text
 from bertgpt.engine_turn import Turn
@@ -106,6 +106,8 @@ class EngineLoop:
             self.decode_step.recapture()
             self._misfit = self._why_misfit()
         if change is not None:
+            # The new weights may still be on their way, on a stream that is a client's own.
+            wait_for_device(self.cache.device)
             self.cache.forget()
             for text in list(self.scheduler.running):
                 self.scheduler.preempt(text)

@@ -17,8 +17,9 @@ class Turn:
     Clients call from threads with modes, current devices and streams of their own. Within, tensors
     are ordinary ones that any later turn can write to, even if the client is in inference mode; the
     engine's device is the current one; what the device still has to do for the turn before comes
-    first, if that was asked for on another stream; and kernels that skip a bad index tell this
-    engine and no other. Turns must not overlap.
+    first, if that was asked for on another stream (for the first turn, what the thread that makes
+    this has asked for); and kernels that skip a bad index tell this engine and no other. Turns must
+    not overlap.
 
     Args:
         device: Where the engine's tensors are.
@@ -26,7 +27,7 @@ class Turn:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._flags: dict[torch.device, Tensor] = {}
 
     @contextmanager

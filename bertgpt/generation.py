@@ -164,7 +164,7 @@ class GenerationMixin(PreTrainedModel):
             beams=BeamOptions(num_beams, length_penalty, early_stopping),
             num_return_sequences=num_return_sequences,
             return_log_probs=return_log_probs,
-        )
+        ).seeded()
         scores = None
         if num_beams > 1:
             best = beam_search(self, job, PAGE_SIZE)
@@ -229,7 +229,7 @@ class GenerationMixin(PreTrainedModel):
             beams=BeamOptions(),
             num_return_sequences=num_return_sequences,
             return_log_probs=return_log_probs,
-        )
+        ).seeded()
         return _decode(self, job)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -110,7 +110,7 @@ class Job:
         batch: the B prompts, where they were given: lists on the host.
         limits: most tokens to add to each.
         stop: what ends a text earlier.
-        sampling: each prompt's options.
+        sampling: each prompt's options; those that draw may have no seed yet.
         beams: the beam search's.
         samples: texts to return for each prompt, n.
         pad_token_id: fills rows of a returned tensor.
@@ -132,6 +132,10 @@ class Job:
         ends = torch.tensor(self.batch.lengths).cumsum(0).tolist()
         return [values[end - n : end] for end, n in zip(ends, self.batch.lengths, strict=True)]
 
+    def seeded(self) -> Job:
+        """The same, with a seed for every prompt that draws and has none."""
+        return replace(self, sampling=[one.seeded() for one in self.sampling])
+
 
 def make_job(
     model: GenerationMixin,
@@ -149,7 +153,7 @@ def make_job(
     num_return_sequences: int,
     return_log_probs: bool,
 ) -> Job:
-    """Checks the arguments of `GenerationMixin.generate`, which are described there."""
+    """Checks the arguments of `GenerationMixin.generate`, described there; `seeded` draws later."""
     if not isinstance(sampling, SamplingOptions):
         raise TypeError(f"sampling must be SamplingOptions, not {sampling!r}")
     tokens = _stop_tokens(eos_token_id, model.config)
@@ -178,7 +182,7 @@ def make_job(
     seed = sampling.seed if seed is None else seed
     if model.mesh is not None and sampling.do_sample and seed is None:
         raise ValueError("seed must be given: ranks that share a model would each draw their own")
-    seeds = _seeds(seed, len(batch), sampling.do_sample)
+    seeds = _seeds(seed, len(batch))
     return Job(
         batch=batch,
         limits=limits,
@@ -262,12 +266,8 @@ def _check_room(batch: PackedBatch, limits: list[int], positions: int) -> None:
             )
 
 
-def _seeds(seed: int | Sequence[int] | None, prompts: int, do_sample: bool) -> Sequence[int | None]:
-    """A seed for each prompt; without one given, those that draw get their own."""
-    if seed is None and not do_sample:
-        return [None] * prompts
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (prompts,)).tolist()
+def _seeds(seed: int | Sequence[int] | None, prompts: int) -> Sequence[int | None]:
+    """The seed given for each prompt."""
     if not isinstance(seed, Sequence) or isinstance(seed, str):
         return [seed] * prompts
     if len(seed) != prompts:

@@ -77,6 +77,12 @@ class SamplingOptions:
         """The same options under another seed."""
         return replace(self, seed=seed)
 
+    def seeded(self) -> SamplingOptions:
+        """Itself; if it draws and has no seed, the same with one of torch's default generator."""
+        if not self.do_sample or self.seed is not None:
+            return self
+        return self.with_seed(int(torch.randint(-(2**63), 2**63 - 1, ())))
+
 
 _TINY, _LARGEST = math.ulp(0.0), torch.finfo(torch.float32).max
 _REALS = {

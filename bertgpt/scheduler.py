@@ -49,6 +49,23 @@ class Scheduler:
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
 
+    def check_fits(self, tokens: int, texts: int) -> None:
+        """Raises ValueError unless a request for so many texts can be served when it is alone.
+
+        Each has up to so many tokens, of which the last is never read.
+        """
+        size, most = self.cache.page_size, self.cache.num_pages
+        pages = -(-(tokens - 1) // size)
+        if pages > most:
+            raise ValueError(
+                f"prompt and text take up to {tokens - 1} tokens of the cache, {pages} pages of "
+                f"{size}, and the whole cache has {most}"
+            )
+        if texts > self._max_batch:
+            raise ValueError(
+                f"num_return_sequences={texts} is more than max_batch={self._max_batch}"
+            )
+
     def add(self, text: Text) -> None:
         """Lets a text wait for its turn."""
         insort(self.waiting, text, key=_urgency)

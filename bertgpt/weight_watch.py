@@ -7,6 +7,7 @@ with. Torch counts the writes to a tensor, so seeing that there was one takes no
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
 from collections.abc import Iterable
 from itertools import chain
@@ -25,7 +26,7 @@ class WeightWatch:
     Seen are weights written in place (`load_state_dict`, `copy_`), written by one of torch's
     optimizers, moved (`to`, `.data = …`) or replaced, and modules replaced. Not seen are writes
     that torch does not count: through `.data` or `.detach().numpy()`, and to weights that were made
-    under `torch.inference_mode()`.
+    under `torch.inference_mode()`; nor a new `.data` that was given the memory of the old one.
 
     Args:
         model: The model.
@@ -34,16 +35,10 @@ class WeightWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._change: Change | None = None
+        self._told = False
         self._read_structure()
-        watch = weakref.ref(self)
-
-        def notice(optimizer: torch.optim.Optimizer, *_: object) -> None:
-            if (own := watch()) is not None:
-                own._notice(optimizer)
-
-        # Fused optimizers' writes are not counted.
-        handle = register_optimizer_step_post_hook(notice)
-        weakref.finalize(self, handle.remove)
+        with _lock:
+            _watches.add(self)
 
     def _read_structure(self) -> None:
         self._modules = list(self._model.modules())
@@ -71,6 +66,9 @@ class WeightWatch:
             where they were and hold other values. The same again until `heeded` is called, so that
             an interrupt loses nothing.
         """
+        if self._told:
+            self._change = self._change or "written"
+            self._told = False
         parts = _values(self._tables)
         if len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
             self._change = "moved"
@@ -80,19 +78,19 @@ class WeightWatch:
         if places != self._places:
             self._change = "moved"
         elif counts != self._counts:
-            self.tell()
+            self._change = self._change or "written"
         self._places, self._counts = places, counts
         return self._change
 
     def tell(self) -> None:
-        """Says that weights were written in a way that is not seen."""
-        self._change = self._change or "written"
+        """Says that weights were written in a way that is not seen. Any thread may, at any time."""
+        self._told = True
 
     def heeded(self) -> None:
-        """What the last look saw has been acted upon."""
+        """What the last look saw has been acted upon; what was told since, the next one sees."""
         self._change = None
 
-    def _notice(self, optimizer: torch.optim.Optimizer) -> None:
+    def notice(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step of any optimizer."""
         own = set(map(id, self._weights))
         groups = optimizer.param_groups
@@ -102,3 +100,19 @@ class WeightWatch:
 
 def _values(tables: Iterable[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, tables)))
+
+
+_watches: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
+_lock = threading.Lock()  # of the set, which is not to grow while it is listed
+
+
+def _notice(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    with _lock:
+        watches = list(_watches)
+    for watch in watches:
+        watch.notice(optimizer)
+
+
+# Fused optimizers' writes are not counted. One hook for all, which stays: torch goes through its
+# hooks, in whichever thread trains, while watches come and, by the garbage collector, go.
+register_optimizer_step_post_hook(_notice)

@@ -1,11 +1,15 @@
 """A decoding step as a CUDA graph runs it: traced once, on tensors that stay where they are."""
 
+import threading
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import pytest
 import torch
 from engines import alone, nothing_is_left, small_engine, some_prompts
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bertgpt.decode_step import _buckets
+from bertgpt.decode_step import CudaCapture, _buckets, wait_for_device
 
 
 class Traced:
@@ -68,6 +72,31 @@ def test_a_capture_that_fails_is_told_and_costs_no_request():
         "decoding steps launch their kernels one by one: capturing a step of 1 texts failed: "
         "operation not permitted when stream is capturing"
     )
+
+
+def test_nobody_waits_for_the_device_during_a_capture(monkeypatch):
+    """Another engine's, in another thread: CUDA would refuse the wait and drop the capture."""
+    order, began, go_on = [], threading.Event(), threading.Event()
+
+    def step():
+        began.set()
+        go_on.wait(5)
+        order.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(str(device)))
+    capture = threading.Thread(target=CudaCapture(), args=[step])
+    wait = threading.Thread(target=wait_for_device, args=[torch.device("cuda", 1)])
+    capture.start()
+    assert began.wait(5)
+    wait.start()
+    wait.join(0.1)
+    go_on.set()
+    capture.join()
+    wait.join()
+    wait_for_device(torch.device("cpu"))
+    assert order == ["captured", "cuda:1"]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,32 @@ def test_bad_input_is_refused_at_once_and_the_engine_goes_on(error, message, cal
     assert nothing_is_left(engine)
 
 
+class Tongueless:
+    def decode(self, ids):
+        raise RuntimeError("this tokenizer cannot decode")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"priority": "x"},
+        {"deadline": -1},
+        {"num_return_sequences": 7},
+        {"prompt": [5] * 40, "max_new_tokens": 20},
+        {"stop_strings": "x", "tokenizer": Tongueless()},
+    ],
+    ids=lambda call: next(iter(call)),
+)
+def test_a_refused_request_draws_no_seed(call):
+    engine, state = small_engine(num_pages=5), torch.get_rng_state()
+    sampling = SamplingOptions(do_sample=True)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        engine.submit(**{"prompt": [5], "max_new_tokens": 2, "sampling": sampling, **call})
+    with pytest.raises(ValueError, match="is empty"):
+        engine.generate([[5], []], 4, sampling=sampling)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_bad_prompt_in_a_list_begins_none_of_it():
     engine = small_engine()
     with pytest.raises(ValueError, match="is empty"):

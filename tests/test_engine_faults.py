@@ -260,11 +260,12 @@ def test_turns_on_other_streams_wait_for_the_one_before(monkeypatch):
         def wait_stream(self, other):
             self.waited_for.append(other)
 
-    first, second = Stream(), Stream()
+    maker, first, second = Stream(), Stream(), Stream()
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: maker)
     turn = Turn(torch.device("cuda", 0))
     for stream in (first, first, second, second, first):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, now=stream: now)
         with turn():
             assert not torch.is_grad_enabled()
-    assert (first.waited_for, second.waited_for) == ([second], [first])
+    assert (first.waited_for, second.waited_for) == ([maker, second], [first])

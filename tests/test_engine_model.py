@@ -1,6 +1,8 @@
 """The engine beside what else is done with its model: other modes, other weights, another place."""
 
 import gc
+import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,9 +17,9 @@ from engines import (
     some_prompts,
 )
 from test_decode_step import traced
-from torch.optim import optimizer as optimizers
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bertgpt import DecodeBatch, PagedKVCache
+from bertgpt import DecodeBatch, PagedKVCache, engine_loop, weight_watch
 from bertgpt.sampling import SamplingOptions
 
 
@@ -154,6 +156,19 @@ def test_a_text_goes_on_with_the_new_weights(change):
     assert nothing_is_left(engine)
 
 
+def test_texts_that_fit_a_step_go_on_while_weights_change_at_each():
+    engine = small_engine(prefill_tokens=16)
+    long = engine.submit([6] * 20, 4, priority=-1, eos_token_id=())
+    short = [engine.submit([word] * 9, 7, eos_token_id=()) for word in (5, 7)]
+    for _ in range(3 * 7):
+        with torch.no_grad():
+            engine.model.transformer.layers[1].norm_1.weight.add_(0.01)
+        engine.step()
+    assert [len(request.tokens) for request in short] == [7, 7]
+    assert long.tokens == [], "it waits for two steps with the same weights"
+    assert long.result() == alone(long)
+
+
 def test_every_score_is_by_the_weights_of_its_step(monkeypatch):
     """Over forks, evictions, preemptions and known prefixes, while weights change now and then."""
     scores = Scores(monkeypatch)
@@ -194,14 +209,87 @@ def test_a_training_run_elsewhere_forgets_nothing():
 
 
 def test_an_engine_that_is_gone_watches_no_optimizer():
-    hooks = optimizers._global_optimizer_post_hooks
-    gc.collect()
-    before = len(hooks)
     engine = small_engine()
-    assert len(hooks) == before + 1
+    gone = weakref.ref(engine)
+    watched = len(weight_watch._watches)
     del engine
     gc.collect()
-    assert len(hooks) == before
+    assert gone() is None
+    assert len(weight_watch._watches) < watched
+
+
+@pytest.mark.parametrize("what", ["made", "gone"])
+def test_engines_come_and_go_while_an_optimizer_steps(what):
+    """As when another thread makes one, or drops its last, which the collector then finds."""
+    model = small_model()
+    engines = [small_engine(model)]
+
+    def meanwhile(*args):
+        if what == "made":
+            engines.append(small_engine(model))
+        else:
+            engines.clear()
+            gc.collect()
+
+    hook = register_optimizer_step_post_hook(meanwhile)
+    last = register_optimizer_step_post_hook(lambda *args: None)
+    try:
+        by_an_optimizer(model)
+    finally:
+        hook.remove()
+        last.remove()
+    assert len(engines) == (2 if what == "made" else 0)
+
+
+def test_engines_are_made_while_others_are_told(monkeypatch):
+    """The set of them does not grow while it is listed."""
+    model = small_model()
+    engines = [small_engine(model)]
+    thread = threading.Thread(target=lambda: engines.append(small_engine(model)))
+    iterate = weakref.WeakSet.__iter__
+
+    def slowly(watches):
+        for watch in iterate(watches):
+            if thread.ident is None:
+                thread.start()
+                thread.join(0.2)
+            yield watch
+
+    monkeypatch.setattr(weakref.WeakSet, "__iter__", slowly)
+    by_an_optimizer(model)
+    thread.join()
+    assert len(engines) == 2
+
+
+def test_a_change_is_waited_for_before_anything_is_read(monkeypatch):
+    """On a GPU weights may still be on their way, on a stream that no step waits for."""
+    engine, calls = small_engine(), []
+    monkeypatch.setattr(engine_loop, "wait_for_device", lambda device: calls.append(device.type))
+    monkeypatch.setattr(engine.cache, "forget", lambda: calls.append("forget"))
+    engine.submit([5] * 9, 6, eos_token_id=())
+    engine.step()
+    engine.step()
+    assert calls == []
+    CHANGES["loaded"](engine.model)
+    engine.run()
+    assert calls == ["cpu", "forget"]
+
+
+def test_what_is_told_while_a_step_forgets_is_seen_by_the_next(monkeypatch):
+    engine, forgotten = small_engine(), []
+
+    def forget():
+        forgotten.append(1)
+        if len(forgotten) == 1:  # as another thread may at this moment
+            engine.forget()
+
+    monkeypatch.setattr(engine.cache, "forget", forget)
+    engine.forget()
+    counts = []
+    for _ in range(3):
+        engine.step()
+        counts.append(len(forgotten))
+    assert counts == [1, 2, 2]
 
 
 def test_a_model_of_another_dtype_is_named_and_the_requests_wait():

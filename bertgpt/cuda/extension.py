@@ -109,6 +109,10 @@ def own_flags(flags: Flags) -> Iterator[None]:
     Kernels launched within raise these flags, of which there comes to be one for each device, and
     `raise_pending` looks at these alone; a launch elsewhere cannot be taken for one of them. A CUDA
     graph goes on raising those that it was captured with.
+
+    Args:
+        flags: Each device's flag, an int32 [1]: {} at first, and the same dict whenever what was
+            told into it is to be looked at again.
     """
     token = _FLAGS.set(flags)
     try:
