@@ -127,7 +127,9 @@ class Truth:
 def insist_on_correct(case: Case, inputs: Inputs, truth: Truth, result: Any, when: str) -> None:
     """Refuses a result that breaks the accuracy rule, or of which any part is not a number."""
     actual = case.select(inputs, result).detach()
-    accuracy = measure(actual, truth.oracle, truth.baseline, factor=case.factor)
+    accuracy = measure(
+        actual, truth.oracle, truth.baseline, factor=case.factor, rms_limit=case.rms_limit
+    )
     if not accuracy.accurate:
         raise Refused(f"wrong {when}: {'; '.join(accuracy.failures)}")
     for tensor in tensors_of(result):

@@ -4,6 +4,9 @@ Read through Triton's active driver, so the same launcher compiles for another t
 ahead-of-time gate installs a driver of that target.
 """
 
+from functools import cache
+from typing import Any
+
 import triton
 from triton.runtime import driver
 
@@ -27,5 +30,10 @@ def multiprocessor_count() -> int:
     """The number of streaming multiprocessors of the current device."""
     if interpreting():
         return _INTERPRETED_MULTIPROCESSORS
-    device = driver.active.get_current_device()
-    return int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
+    return _multiprocessors(driver.active, driver.active.get_current_device())
+
+
+@cache
+def _multiprocessors(active: Any, device: int) -> int:
+    """Asked once of each driver and device: the answer takes a millisecond."""
+    return int(active.utils.get_device_properties(device)["multiprocessor_count"])
