@@ -95,7 +95,8 @@ def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """Regression, single-label or multi-label loss of `logits` `[B, num_labels]`.
 
     `config.problem_type` says which; where it is None, one label means regression, and integer
-    labels mean a single label.
+    labels mean a single label. What was found is written there, as stock does, so that a saved
+    model is read by others as it was trained.
 
     Raises:
         TypeError: labels of the wrong kind.
@@ -107,6 +108,7 @@ def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
         integers = labels.dtype in (torch.int32, torch.int64)
         single = "single_label_classification" if integers else "multi_label_classification"
         problem = "regression" if config.num_labels == 1 else single
+        config.problem_type = problem
     if problem == "regression":
         if labels.squeeze().shape != logits.squeeze().shape:
             raise ValueError(

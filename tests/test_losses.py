@@ -78,6 +78,7 @@ def test_bert_classifies_sequences(num_labels, problem, labels):
     name, options = "BertForSequenceClassification", {"num_labels": num_labels}
     model, stock = twins(bert, name, BERT, problem_type=problem, **options)
     assert_trains_alike(model, stock, inputs_of("right", labels=labels))
+    assert model.config.problem_type == stock.config.problem_type is not None
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -86,6 +87,7 @@ def test_gpt_classifies_sequences(num_labels, problem, labels, side):
     name, options = "GPT2ForSequenceClassification", {"num_labels": num_labels, "pad_token_id": 0}
     model, stock = twins(gpt, name, GPT2, problem_type=problem, **options)
     assert_trains_alike(model, stock, inputs_of(side, labels=labels))
+    assert model.config.problem_type == stock.config.problem_type is not None
 
 
 def test_the_other_sequence_heads():

@@ -138,7 +138,7 @@ class FeedForward(NamedTuple):
         if into is None or out_of is None:
             return outer(nn.functional.gelu(inner(x), approximate=gelu))
         made: Any
-        if alone(x) and into[0].dtype == out_of[0].dtype == x.dtype:
+        if alone(x, *into, *out_of):
             made = portable.gelu_ffn(x, *into, *out_of, approximate=gelu)
         else:
             made = ops.gelu_ffn(x, *into, *out_of, approximate=gelu)
@@ -162,7 +162,7 @@ def add_norm(
     if p is None or weights is None or weights[0].dtype != residual.dtype:
         total = (x if dropout is None else dropout(x)) + residual
         return norm(total), total
-    if p == 0.0 and x.dtype == residual.dtype and alone(x):
+    if p == 0.0 and alone(x, residual, *weights):
         made = portable.add_layer_norm(x, residual, *weights, eps=norm.eps, return_sum=return_sum)
         return made if return_sum else (made, made)
     with _without_autocast(x.device.type):

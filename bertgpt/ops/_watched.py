@@ -50,12 +50,12 @@ def watched(tensors: Sequence[Any]) -> bool:
     return isinstance(first, Tensor) and not (first.is_cpu or first.is_cuda)
 
 
-def alone(x: Tensor) -> bool:
-    """Whether a call on x is the torch backend's whatever else it holds: inference on a CPU.
+def alone(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call on x and others is the torch backend's: inference on a CPU in one dtype.
 
-    And nothing watches it, nor does autocast apply. Who has checked the other arguments, and asks
-    for no dropout, may then call `bertgpt.portable`, which takes a fraction of an op's time where
-    there are few tokens.
+    And nothing watches it, nor does autocast apply. Who knows that the shapes fit, and asks for no
+    dropout, may then call `bertgpt.portable`, which takes a fraction of an op's time where there
+    are few tokens. Several dtypes are the op's to convert or to refuse.
     """
     return (
         not watched((x,))
@@ -63,6 +63,7 @@ def alone(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch._C._is_any_autocast_enabled()
         and not tangents()
+        and all(other is None or other.dtype == x.dtype for other in others)
     )
 
 

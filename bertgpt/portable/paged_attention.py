@@ -74,7 +74,6 @@ class _Plan:
         place_P: Its place in B · M; likewise.
         used_U: Which of them are in use, in the order of their places. So sums come out the same
             wherever pages lie.
-        owner_U: Their sequences.
         place_U: Their places.
         dead_BMN: True at keys that the sequence's query does not see.
     """
@@ -83,7 +82,6 @@ class _Plan:
     owner_P: Tensor
     place_P: Tensor
     used_U: Tensor
-    owner_U: Tensor
     place_U: Tensor
     dead_BMN: Tensor
 
@@ -133,9 +131,7 @@ def _planned(
     if left >= 0:
         dead_BS |= key_S < last_B1 - left
     used_U = torch.tensor(used, dtype=torch.int64, device=device)
-    return _Plan(
-        pages, owner_P, place_P, used_U, owner_P[used_U], place_P[used_U], dead_BS.view(B, M, N)
-    )
+    return _Plan(pages, owner_P, place_P, used_U, place_P[used_U], dead_BS.view(B, M, N))
 
 
 def _decode(
@@ -162,7 +158,8 @@ def _decode(
 
     def mix(v_PND: Tensor) -> Tensor:
         out_UHD = (weights_PGN @ v_PND).view(-1, H, D).index_select(0, plan.used_U)
-        return out_UHD.new_zeros(B, H, D).index_add_(0, plan.owner_U, out_UHD)
+        placed = out_UHD.new_zeros(B * M, H, D).index_copy_(0, plan.place_U, out_UHD)
+        return placed.view(B, M, H, D).sum(1)  # not index_add_, whose order varies on a GPU
 
     v_PND = plan.read(v_pages, wide)
     out_BHD = mix(v_PND)
