@@ -99,7 +99,7 @@ def test_torch_is_accurate_at_extreme_head_dims(head_dim):
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("chunks", [None, (1, 40, 3, 0, 7, 64)], ids=["decode", "chunks"])
-def test_torch_is_accurate_over_several_buckets(chunks, dtype):
+def test_torch_is_accurate_over_several_lengths(chunks, dtype):
     batch = paged_batch(
         (700, 40, 41, 300, 7, 650), chunks, page_size=16, heads=4, kv_heads=2, dtype=dtype
     )

@@ -231,6 +231,17 @@ def test_a_block_of_another_class_is_not_known():
     assert_close(model(**inputs), stock, inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("part", ["query", "dense", "LayerNorm"])
+def test_a_bias_of_another_dtype_is_refused_without_gradients_too(part):
+    model = bert().eval()
+    bertgpt.patch(model)
+    for name, module in model.named_modules():
+        if name.endswith((f"layer.0.attention.self.{part}", f"layer.0.output.{part}")):
+            module.bias.data = module.bias.data.double()
+    with torch.no_grad(), pytest.raises((TypeError, RuntimeError), match=r"float64|double|dtype"):
+        model(torch.tensor([[3, 4, 5, 6]]))
+
+
 @pytest.mark.parametrize("version", ["4.57.1", "5.22.2", "5.25.0", "6.0.0"])
 def test_versions_that_are_not_known(version, monkeypatch):
     model = bert()

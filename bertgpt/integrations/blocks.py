@@ -71,8 +71,7 @@ class Attention(NamedTuple):
         if len(self.projections) == 1:
             parts = self.projections[0](x).chunk(3, dim=-1)
         else:
-            read = alone(x)
-            parts = [_linear(projection, x, read) for projection in self.projections]
+            parts = [_linear(projection, x) for projection in self.projections]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
@@ -83,17 +82,13 @@ class Attention(NamedTuple):
             mixed = mask.attend(q, k, v, self.scale, p, self.causal, self.window)
         else:
             mixed = attend_padded(q, k, v, mask, self.scale, p, self.causal, self.window)
-        mixed = mixed.flatten(-2)
-        return _linear(self.out, mixed, alone(mixed))
+        return _linear(self.out, mixed.flatten(-2))
 
 
-def _linear(module: Any, x: Tensor, read: bool) -> Tensor:
+def _linear(module: Any, x: Tensor) -> Tensor:
     """What the module gives, by its weights where they may be read: on a CPU's faster GEMM."""
-    if read:
-        weights = weights_of(module, nn.Linear)
-        if weights is not None and weights[0].dtype == x.dtype:
-            return products.linear(x, *weights)
-    made: Tensor = module(x)
+    weights = weights_of(module, nn.Linear) if alone(x) else None
+    made: Tensor = module(x) if weights is None else products.linear(x, *weights)
     return made
 
 

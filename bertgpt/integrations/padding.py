@@ -159,7 +159,7 @@ def attend_padded(
         causal = causal and mask is None and q.shape[1] > 1
         if causal and k.shape[1] > q.shape[1]:  # the empty slots of a static cache
             k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-    if mask is None and dropout_p == 0.0 and alone(q) and q.dtype == k.dtype == v.dtype:
+    if mask is None and dropout_p == 0.0 and alone(q, k, v):
         mixed: Any = portable.attention(q, k, v, causal=causal, window=window, scale=scale)
         return mixed
     out: Tensor = ops.attention(

@@ -55,6 +55,8 @@ def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     """Whether oneDNN can multiply these as they lie: float32 on a CPU, without gradients."""
     if not _is_float32_on_cpu(x, w) or 0 in (*x.shape, *w.shape):
         return False
+    if b is not None and b.dtype != torch.float32:
+        return False
     if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
