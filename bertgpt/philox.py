@@ -15,7 +15,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
 _ROUNDS = 10
-_COUNTERS_AT_ONCE_CPU = 1 << 15  # half a dozen int64 temporaries of this many stay in cache
+_NARROW = 2  # rounds until words of a row's and a column's counters are a matrix each
+_COUNTERS_AT_ONCE_CPU = 1 << 15  # for each thread: half a dozen int64 of them stay in cache
 _COUNTERS_AT_ONCE_GPU = 1 << 20  # few launches, and still only some 50 MB of temporaries
 
 # The counter's last word keeps the two kinds of mask and the draws of tokens apart.
@@ -37,16 +38,34 @@ def philox_words(
     Returns:
         Four int64 tensors of the broadcast shape, each holding 32 random bits.
     """
+    shapes = [t.shape for t in (seed, c0, c1, c2, c3) if isinstance(t, Tensor)]
+    return _words(seed, c0, c1, c2, c3, c0.new_empty((6, *torch.broadcast_shapes(*shapes))))
+
+
+def _words(
+    seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in `room`, int64 [6, *broadcast shape]: fresh memory would cost as much again."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(_ROUNDS):
+    for turn in range(_ROUNDS):
         # int64 products wrap modulo 2^64, which keeps all 64 bits; c1 and c3 take a whole product,
-        # of which only the low half counts, so one mask after the xor does for both halves.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, ((p0 >> 32) ^ c3 ^ k1) & _MASK
+        # of which only the low half counts.
+        if turn < _NARROW:
+            p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c2 = (p1 >> 32 ^ k0) & _MASK ^ c1 & _MASK, (p0 >> 32 ^ k1) & _MASK ^ c3 & _MASK
+            if turn == _NARROW - 1:
+                c0, c2 = room[0].copy_(c0), room[1].copy_(c2)
+        else:
+            p0, p1 = room[2:4] if turn % 2 else room[4:]  # the round before's are read yet
+            torch.mul(c0, _MULTIPLIERS[0], out=p0)
+            torch.mul(c2, _MULTIPLIERS[1], out=p1)
+            torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0)
+            torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1)
+            c0.bitwise_and_(_MASK)
+            c2.bitwise_and_(_MASK)
         c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1 & _MASK, c2, c3 & _MASK)
-    return c0, c1, c2, c3
+    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
 
 
 def keep_rows(
@@ -132,18 +151,25 @@ def _keep(
 ) -> Tensor:
     """Keep mask, bool [R, cols]: element (r, col) is word col % 4 of (col // 4, c1, c2, stream)."""
     threshold = math.floor(p * 2**32)  # exact: a float64 times a power of two
-    groups = -(-cols // 4)
-    c0_1G = torch.arange(groups, device=c1_R.device)[None, :]
-    c3_11 = torch.full((1, 1), stream, device=c1_R.device)
-    keep_RC = torch.empty(len(c1_R), cols, dtype=torch.bool, device=c1_R.device)
-    at_once = _COUNTERS_AT_ONCE_CPU if c1_R.device.type == "cpu" else _COUNTERS_AT_ONCE_GPU
-    step = max(1, at_once // max(1, groups))
-    for start in range(0, len(c1_R), step):
+    rows, groups, device = len(c1_R), -(-cols // 4), c1_R.device
+    c0_1G = torch.arange(groups, device=device)[None, :]
+    c3_11 = torch.full((1, 1), stream, device=device)
+    keep_RG4 = torch.empty(rows, groups, 4, dtype=torch.bool, device=device)
+    step = min(rows, max(1, _counters_at_once(device) // max(1, groups)))
+    room = torch.empty(6, step, groups, dtype=torch.int64, device=device)
+    for start in range(0, rows, step or 1):
         part = slice(start, start + step)
-        words = philox_words(seed, c0_1G, c1_R[part, None], c2_R[part, None], c3_11)
-        keep_RG4 = torch.stack([word >= threshold for word in words], dim=-1)
-        keep_RC[part] = keep_RG4.flatten(1)[:, :cols]
-    return keep_RC
+        c1, c2 = c1_R[part, None], c2_R[part, None]
+        words = _words(seed, c0_1G, c1, c2, c3_11, room[:, : len(c1)])
+        for i, word in enumerate(words):
+            torch.ge(word, threshold, out=keep_RG4[part, :, i])
+    return keep_RG4.flatten(1)[:, :cols].contiguous()
+
+
+def _counters_at_once(device: torch.device) -> int:
+    if device.type == "cpu":  # torch splits nothing smaller between threads
+        return _COUNTERS_AT_ONCE_CPU * torch.get_num_threads()
+    return _COUNTERS_AT_ONCE_GPU
 
 
 def dropout_rows(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:

@@ -47,8 +47,6 @@ def test_large_products_are_onednns_and_accurate(leading, biased, onednn_calls):
 
 def test_what_onednn_would_misread_or_not_win_is_torchs(onednn_calls):
     x, w, b = inputs(*LARGE)
-    trained = w.clone().requires_grad_()
-    assert linear(x, trained, b).requires_grad
     others = [
         (x[:4], w, b),
         (x, w[:8], b[:8]),
@@ -63,6 +61,47 @@ def test_what_onednn_would_misread_or_not_win_is_torchs(onednn_calls):
         assert_bitwise(linear(*call), F.linear(*call))
     with torch.backends.mkldnn.flags(enabled=False):
         assert_bitwise(linear(x, w, b), F.linear(x, w, b))
+    assert onednn_calls == []
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("w", "b"), ("x", "b")])
+def test_gradients_are_onednns_and_accurate(frozen, onednn_calls):
+    given = dict(zip("xwb", inputs(64, *LARGE[1:]), strict=True))
+    grad = randn(64, LARGE[2], seed=3)
+
+    def gradients(product, dtype):
+        leaves = {
+            name: t.to(dtype, copy=True).requires_grad_(name not in frozen)
+            for name, t in given.items()
+        }
+        product(*leaves.values()).backward(grad.to(dtype))
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    mine = gradients(linear, torch.float32)
+    assert len(onednn_calls) == 1 + sum(name not in frozen for name in "xw")
+    oracle, baseline = (gradients(F.linear, dtype) for dtype in (torch.float64, torch.float32))
+    for name in "xwb":
+        assert (mine[name] is None) == (name in frozen)
+        if name not in frozen:
+            assert_accurate(mine[name], oracle[name], baseline[name])
+
+
+def test_a_second_derivative_is_torchs():
+    x, w, b = (t.requires_grad_() for t in inputs(*LARGE))
+    seconds = []
+    for product in (linear, F.linear):
+        (grad,) = torch.autograd.grad(product(x, w, b).pow(3).sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(grad.pow(2).sum(), w)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4 * float(seconds[1].abs().max()))
+
+
+def test_a_layer_keeps_forward_derivatives(onednn_calls):
+    x = randn(*LARGE[:2])
+    layer = Linear(LARGE[1], LARGE[2]).requires_grad_(False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        slope = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+    torch.testing.assert_close(slope, F.linear(x, layer.weight))
     assert onednn_calls == []
 
 

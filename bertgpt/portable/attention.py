@@ -1,14 +1,13 @@
 """Attention on torch's scaled_dot_product_attention: padded at once, packed by length buckets.
 
-What that function cannot give (the defined dropout bits, NaN kept in its row on a CPU) goes to the
-definition in `bertgpt.reference`. The log-sum-exp is a pass of its own, so that asking for it
-changes nothing else.
+What that function cannot give (the defined dropout bits, NaN kept in its row on a CPU) goes to
+`attention_dropout.py` or, with masks, windows or NaN, to the definition in `bertgpt.reference`. The
+log-sum-exp is a pass of its own, so that asking for it changes nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +16,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bertgpt import reference
+from bertgpt.portable.attention_dropout import dropped_attention
+from bertgpt.portable.length_buckets import (
+    Bucket,
+    by_length,
+    plain_buckets,
+    row_indices,
+    take_rows,
+    widened,
+)
 
-_WIDE = (torch.float32, torch.float64)
 _LSE_SCORES = 2**20  # scores that the log-sum-exp pass holds at once: 4 MiB in float32
 
 
@@ -43,8 +50,20 @@ def attention(
     """What `bertgpt.ops.attention` computes; the arguments are described there."""
     rule = _Rule(causal, *(window or (-1, -1)), q.shape[-1] ** -0.5 if scale is None else scale)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    if dropout_p > 0.0 or _sdpa_would_hide_nan(q, k, v):
-        out: Any = reference.attention(
+    hides_nan = sdpa_would_hide_nan(q, k, v)
+    buckets: list[Bucket] | None = None
+    if dropout_p > 0.0 and not hides_nan:
+        buckets = plain_buckets(
+            q, k, mask=mask, key_lengths=key_lengths, causal=causal, window=window,
+            scale=rule.scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            dropout_p=dropout_p,
+        )  # fmt: skip
+    if buckets is not None and seed is not None:
+        out: Any = dropped_attention(
+            q, k, v, buckets, causal=causal, scale=rule.scale, dropout_p=dropout_p, seed=seed
+        )
+    elif dropout_p > 0.0 or hides_nan:
+        out = reference.attention(
             q, k, v, mask=mask, key_lengths=key_lengths, causal=causal, window=window, scale=scale,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
@@ -71,7 +90,7 @@ def _attend(
     """The output by SDPA, in q's dtype."""
     dtype = q.dtype
     if q.device.type == "cpu":  # float32 is as fast there, and rounds once instead of thrice
-        q, k, v = (_widened(t) for t in (q, k, v))
+        q, k, v = (widened(t) for t in (q, k, v))
     if rule.scale <= 0.0:  # SDPA scales after it has set what causality rules out to −inf
         sign = 0.0 if rule.scale == 0.0 else -1.0
         q, rule = q * sign, replace(rule, scale=-rule.scale or 1.0)
@@ -99,7 +118,7 @@ class _Rule:
         return allowed
 
 
-def _sdpa_would_hide_nan(*tensors: Tensor) -> bool:
+def sdpa_would_hide_nan(*tensors: Tensor) -> bool:
     """On a CPU, SDPA turns a NaN query into 0; a sum finds NaN (and Inf) in one cheap pass."""
     if tensors[0].device.type != "cpu":
         return False
@@ -117,44 +136,15 @@ def _packed(
     but needs a mask and a gather for each bucket.
     """
     outs, rows = [], []
-    for begins_q, length_q, begins_k, length_k in _buckets(cu_seqlens_q, cu_seqlens_k):
-        q_BLHD = _take(q, begins_q, length_q)
-        k_BSKD, v_BSKD = (_take(t, begins_k, length_k) for t in (k, v))
+    for begins_q, length_q, begins_k, length_k in by_length(cu_seqlens_q, cu_seqlens_k):
+        q_BLHD = take_rows(q, begins_q, length_q)
+        k_BSKD, v_BSKD = (take_rows(t, begins_k, length_k) for t in (k, v))
         outs.append(_padded(q_BLHD, k_BSKD, v_BSKD, rule).flatten(0, 1))
-        rows.append(_rows(begins_q, length_q, q.device))
+        rows.append(row_indices(begins_q, length_q, q.device))
     if len(outs) == 1:  # all of q, in its own order
         return outs[0]
     out = q.new_zeros(q.shape)
     return out.index_copy_(0, torch.cat(rows), torch.cat(outs)) if outs else out
-
-
-def _buckets(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
-) -> Iterator[tuple[list[int], int, list[int], int]]:
-    """Sequences with as many queries and keys each: first queries, L, first keys, S."""
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    buckets: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-    for sq, eq, sk, ek in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        if eq > sq:
-            begins_q, begins_k = buckets.setdefault((eq - sq, ek - sk), ([], []))
-            begins_q.append(sq)
-            begins_k.append(sk)
-    for (length_q, length_k), (begins_q, begins_k) in buckets.items():
-        yield begins_q, length_q, begins_k, length_k
-
-
-def _take(t: Tensor, begins: list[int], length: int) -> Tensor:
-    """Rows [n, length, H, D] of n sequences; a view where they lie side by side."""
-    n, first = len(begins), begins[0]
-    if begins[-1] - first == (n - 1) * length:
-        return t[first : first + n * length].unflatten(0, (n, length))
-    return t.index_select(0, _rows(begins, length, t.device)).unflatten(0, (n, length))
-
-
-def _rows(begins: list[int], length: int, device: torch.device) -> Tensor:
-    """Row indices of sequences of one length, end to end."""
-    begins_B1 = torch.tensor(begins, device=device)[:, None]
-    return (begins_B1 + torch.arange(length, device=device)).flatten()
 
 
 def _padded(
@@ -206,13 +196,13 @@ def _masked(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """SDPA under a mask, [B, H, L, D]: unseen keys may hold anything, unseeing queries give 0."""
-    if q.device.type != "cpu":  # a CPU's inputs are finite here, `_sdpa_would_hide_nan` saw to it
+    if q.device.type != "cpu":  # a CPU's inputs are finite here, `sdpa_would_hide_nan` saw to it
         seen = allowed.any(dim=-2)[..., None]
         k, v = k.where(seen, 0), v.where(seen, 0)
     dtype, bias = q.dtype, allowed
     if mask is not None and mask.dtype != torch.bool:
         # A half cannot hold every finite bias: −1e9 would become −inf and rule the key out.
-        q, k, v = (_widened(t) for t in (q, k, v))
+        q, k, v = (widened(t) for t in (q, k, v))
         bias = mask.to(q.dtype).masked_fill(~allowed, -torch.inf)
     out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.where(allowed.any(dim=-1, keepdim=True), 0).to(dtype)
@@ -234,8 +224,8 @@ def _lse(
     lse_BHL = q.new_full((B, H, L), -torch.inf, dtype=torch.float32)
     if 0 in lse_BHL.shape or S == 0:
         return lse_BHL
-    q_XGLD = _widened(q).mul(rule.scale).transpose(1, 2).reshape(B * K, H // K, L, -1)
-    k_XDS = _widened(k).permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # X is B · K
+    q_XGLD = widened(q).mul(rule.scale).transpose(1, 2).reshape(B * K, H // K, L, -1)
+    k_XDS = widened(k).permute(0, 2, 3, 1).flatten(0, 1).contiguous()  # X is B · K
     step = max(1, _LSE_SCORES // (B * H * S))
     for first in range(0, L, step):
         rows = slice(first, first + step)
@@ -252,12 +242,7 @@ def _lse_packed(
 ) -> Tensor:
     """The same within each packed sequence, float32 [H, T]."""
     lse_HT = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
-    for begins_q, length_q, begins_k, length_k in _buckets(cu_seqlens_q, cu_seqlens_k):
-        bucket = _lse(_take(q, begins_q, length_q), _take(k, begins_k, length_k), rule)
-        lse_HT[:, _rows(begins_q, length_q, q.device)] = bucket.transpose(0, 1).flatten(1)
+    for begins_q, length_q, begins_k, length_k in by_length(cu_seqlens_q, cu_seqlens_k):
+        bucket = _lse(take_rows(q, begins_q, length_q), take_rows(k, begins_k, length_k), rule)
+        lse_HT[:, row_indices(begins_q, length_q, q.device)] = bucket.transpose(0, 1).flatten(1)
     return lse_HT
-
-
-def _widened(t: Tensor) -> Tensor:
-    """A half as float32, anything wider as it is."""
-    return t if t.dtype in _WIDE else t.float()

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from torch import Tensor
 
 from bertgpt.philox import dropout_rows
-from bertgpt.portable.linear_gelu import gelu, gelu_backward, linear_backward
-from bertgpt.portable.products import linear
+from bertgpt.portable.linear_gelu import gelu, gelu_backward
+from bertgpt.portable.products import linear, linear_backward
 
 
 def gelu_ffn(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertgpt.portable.products import is_finite, linear, product
+from bertgpt.portable.products import is_finite, linear, linear_backward
 
 _IDENTITY_ABOVE = 100.0  # Φ(100) is 1 to the last bit, also of a float64
 
@@ -30,21 +30,6 @@ def linear_gelu_backward(
     """Gradients by name of those wanted among x, w and b; x wᵀ + b is computed again."""
     h = linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
     return linear_backward(gelu_backward(grad, h, approximate), x, w, {"x", "w", "b"} & {*wanted})
-
-
-def linear_backward(
-    grad: Tensor, x: Tensor, w: Tensor, wanted: Collection[str]
-) -> dict[str, Tensor]:
-    """Gradients of x · wᵀ + b in the dtypes of x and w, of those wanted among "x", "w" and "b"."""
-    rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-    made = {}
-    if "x" in wanted:
-        made["x"] = product(grad, w.to(grad.dtype))
-    if "w" in wanted:
-        made["w"] = product(rows.t(), inputs).to(w.dtype)
-    if "b" in wanted:
-        made["b"] = rows.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(w.dtype)
-    return made
 
 
 def gelu(h: Tensor, approximate: str) -> Tensor:

@@ -6,6 +6,8 @@ oneDNN also fuses a GELU, which saves nothing that can be measured beside the pr
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,12 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """The product x · wᵀ + b, for x [..., K], w [N, K] and b [N], all of one dtype."""
     if not (_is_worth_onednn(x, w) and _takes_onednn(x, w, b)):
         return F.linear(x, w, b)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
+        return _Linear.apply(x, w, b)
+    return _by_onednn(x, w, b)
+
+
+def _by_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if x.shape[-1] <= _INNER:
         return _onednn(x, w, b)
     first, *others = zip(x.split(_PART, -1), w.split(_PART, -1), strict=True)
@@ -38,6 +46,37 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     return x @ w
 
 
+def linear_backward(
+    grad: Tensor, x: Tensor, w: Tensor, wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """Gradients of x · wᵀ + b in the dtypes of x and w, of those wanted among "x", "w" and "b"."""
+    rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+    made = {}
+    if "x" in wanted:
+        made["x"] = product(grad, w.to(grad.dtype))
+    if "w" in wanted:
+        made["w"] = product(rows.t(), inputs).to(w.dtype)
+    if "b" in wanted:
+        made["b"] = rows.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(w.dtype)
+    return made
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's product with a gradient, of which torch has none; its own products give another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _by_onednn(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        names = [n for n, want in zip("xwb", ctx.needs_input_grad, strict=True) if want]
+        x, w = ctx.saved_tensors
+        made = linear_backward(grad, x, w, names)
+        return tuple(made.get(name) for name in "xwb")
+
+
 def is_finite(y: Tensor) -> bool:
     """By a sum, the cheapest way, in float32 where y is: to widen costs as much as a GELU."""
     return math.isfinite(y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32)))
@@ -52,14 +91,12 @@ def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
 
 
 def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
-    """Whether oneDNN can multiply these as they lie: float32 on a CPU, without gradients."""
+    """Whether oneDNN can multiply these as they lie: float32 on a CPU."""
     if not _is_float32_on_cpu(x, w) or 0 in (*x.shape, *w.shape):
         return False
     if b is not None and b.dtype != torch.float32:
         return False
     if not all(t is None or t.is_contiguous() for t in (x, w, b)):  # it would misread others
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
