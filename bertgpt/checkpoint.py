@@ -290,7 +290,8 @@ def match_names(
         if entry.shape != tuple(expected[key].shape):
             raise ValueError(
                 f"{entry.file}: {entry.name} has shape {list(entry.shape)}, but {CONFIG} asks for "
-                f"{list(expected[key].shape)}: the two files do not belong together"
+                f"{list(expected[key].shape)}: the two files do not belong together, or num_labels "
+                "or another override asks for what is not stored"
             )
         if entry.dtype is None:
             raise ValueError(

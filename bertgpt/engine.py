@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -285,7 +286,9 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         """What the engine has done so far."""
-        return self._loop.metrics()
+        done = self._loop.metrics()
+        arrived = sum(not request.finished for request in tuple(self._arrivals))
+        return replace(done, waiting=done.waiting + arrived)
 
     def _requests(
         self, prompts: Sequence[Sequence[int] | Tensor], max_new_tokens: int, **options: Any

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -162,12 +163,12 @@ def _keep(
         c1, c2 = c1_R[part, None], c2_R[part, None]
         words = _words(seed, c0_1G, c1, c2, c3_11, room[:, : len(c1)])
         for i, word in enumerate(words):
-            torch.ge(word, threshold, out=keep_RG4[part, :, i])
+            keep_RG4[part, :, i] = word >= threshold
     return keep_RG4.flatten(1)[:, :cols].contiguous()
 
 
 def _counters_at_once(device: torch.device) -> int:
-    if device.type == "cpu":  # torch splits nothing smaller between threads
+    if device.type == "cpu" and not is_compiling():  # torch splits nothing smaller between threads
         return _COUNTERS_AT_ONCE_CPU * torch.get_num_threads()
     return _COUNTERS_AT_ONCE_GPU
 

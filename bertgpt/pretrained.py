@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
+# What transformers' from_pretrained takes besides, and how to ask for it here.
+_OTHERWISE = {
+    "torch_dtype": "it is called dtype",
+    "device_map": "load the model, then move it with .to(device)",
+    "attn_implementation": "attention is always bertgpt's; bertgpt.strict() keeps it on kernels",
+    "ignore_mismatched_sizes": "save model.base_model and load that: the head starts fresh",
+}
+
 
 class PreTrainedModel(nn.Module):
     """Base of all models: weights made, tied, loaded and saved as transformers does.
@@ -138,7 +146,11 @@ class PreTrainedModel(nn.Module):
         known = {known.name for known in fields(cls.config_class)} | {"num_labels"}
         odd = sorted(set(overrides) - known - set(cls.config_class.attribute_map))
         if odd:
-            raise TypeError(f"{odd[0]!r} is no field of {cls.config_class.__name__}")
+            hint = _OTHERWISE.get(odd[0], "")
+            raise TypeError(
+                f"{odd[0]!r} is no field of {cls.config_class.__name__}"
+                + (f": {hint}" if hint else "")
+            )
         if config is not None and (overrides or not isinstance(config, cls.config_class)):
             given = ", ".join(overrides) or type(config).__name__
             raise TypeError(f"config must be a {cls.config_class.__name__} and alone, not {given}")

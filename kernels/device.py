@@ -23,7 +23,7 @@ def compute_capability() -> int:
     """The current device's compute capability as an integer: 80, 90, 100, 120; 90 interpreted."""
     if interpreting():
         return _INTERPRETED_CAPABILITY
-    return int(driver.active.get_current_target().arch)
+    return _capability(driver.active, driver.active.get_current_device())
 
 
 def multiprocessor_count() -> int:
@@ -33,7 +33,13 @@ def multiprocessor_count() -> int:
     return _multiprocessors(driver.active, driver.active.get_current_device())
 
 
+# Asked once of each driver and device: a capability takes microseconds of each call, a property of
+# the device a millisecond.
+@cache
+def _capability(active: Any, device: int) -> int:
+    return int(active.get_current_target().arch)
+
+
 @cache
 def _multiprocessors(active: Any, device: int) -> int:
-    """Asked once of each driver and device: the answer takes a millisecond."""
     return int(active.utils.get_device_properties(device)["multiprocessor_count"])

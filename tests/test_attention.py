@@ -313,6 +313,20 @@ def test_dropout_of_packed_sequences_is_the_definitions(keys, causal, dtype, mon
     assert_accurate(mine, oracle, baseline)
 
 
+@pytest.mark.parametrize("dropout_p", [0.5, 1.0])
+def test_scores_that_overflow_under_dropout_are_the_definitions(dropout_p):
+    q, k, v = (t.requires_grad_() for t in (qkv(dtype=torch.float32)))
+    found = []
+    for backend in BACKENDS:
+        out = ops.attention(
+            q.abs() * 1e20, k.abs() * -1e20, v, dropout_p=dropout_p, seed=3, backend=backend
+        )
+        found.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    for mine, oracle in zip(*found, strict=True):
+        torch.testing.assert_close(mine, oracle, equal_nan=True)
+    assert found[0][0].isfinite().any()
+
+
 def test_dropout_of_everything_is_zero_and_seeds_are_drawn_from_torch():
     q, k, v = qkv()
     assert (ops.attention(q, k, v, dropout_p=1.0) == 0).all()

@@ -355,6 +355,8 @@ def test_an_id_that_the_hub_cannot_give_offline():
 def test_an_unknown_override_is_named(folder):
     with pytest.raises(TypeError, match="hidden_sizes"):
         bert.BertModel.from_pretrained(folder, hidden_sizes=3)
+    with pytest.raises(TypeError, match="'torch_dtype' is no field of BertConfig: it is called dt"):
+        bert.BertModel.from_pretrained(folder, torch_dtype="float16")
 
 
 def test_a_config_and_overrides_exclude_each_other(folder):

@@ -367,6 +367,17 @@ def test_metrics_count_what_was_done(monkeypatch):
     assert metrics.time_per_token > 0
 
 
+def test_metrics_count_who_has_just_come():
+    engine = small_engine()
+    requests = [engine.submit([5] * 4, 2, eos_token_id=()) for _ in range(3)]
+    assert engine.metrics().waiting == 3
+    requests[1].cancel()
+    assert engine.metrics().waiting == 2
+    engine.step()
+    metrics = engine.metrics()
+    assert (metrics.waiting, metrics.running) == (0, 2)
+
+
 def test_an_engine_says_why_it_uses_no_graph():
     assert small_engine().explain() == (
         "decoding steps launch their kernels one by one: the model is on the CPU, which has no "

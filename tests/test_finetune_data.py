@@ -126,11 +126,17 @@ def test_wrong_tags_are_named(tmp_path, content, message):
         read_sentences(written(tmp_path, "a.txt", content))
 
 
-def squad(**changes):
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_tables_are_no_tags(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must hold a word a line"):
+        read_sentences(written(tmp_path, name, "text,label\nhello world,O\n"), tagged=False)
+
+
+def squad(qas=1, **changes):
     answers = [{"text": " new york", "answer_start": 19}]
     entry = {"id": "q", "question": "where ?", "answers": answers, **changes}
     context = "new york is not in new york"
-    return json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [entry]}]}]})
+    return json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [entry] * qas}]}]})
 
 
 def test_questions_and_the_nearest_occurrence(tmp_path):
@@ -156,6 +162,9 @@ def test_questions_and_the_nearest_occurrence(tmp_path):
         (squad(answers=[]), r"qas\[0\]: no answer: .* v2"),
         (squad(answers=[{"text": "oslo", "answer_start": 0}]), "'oslo' is not in the context"),
         (squad(answers=[{"text": "new", "answer_start": "0"}]), "'answer_start' must be a whole"),
+        (squad(answers=[{"text": "new", "answer_start": 120}]), "is 120, but .* at character 19"),
+        (squad(question=" "), r"qas\[0\]: 'question' is empty"),
+        (squad(qas=2), r"qas\[1\]: the id 'q' is taken, by .*qas\[0\]"),
         (b'{"data": "\xff"}', "a.json:1: not UTF-8"),
     ],
 )

@@ -121,7 +121,9 @@ def test_dropout_of_everything_is_zero_and_seeds_are_drawn_from_torch():
 @pytest.mark.parametrize("kwargs", [{}, {"approximate": "tanh", "dropout_p": 0.4, "seed": 3}])
 def test_gradients(kwargs, backend):
     leaves = tuple(t.requires_grad_() for t in inputs(dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda *t: ops.gelu_ffn(*t, backend=backend, **kwargs), leaves)
+    function = lambda *t: ops.gelu_ffn(*t, backend=backend, **kwargs)  # noqa: E731
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, (leaves[0].detach()[0].requires_grad_(), *leaves[1:]))
 
 
 def test_backward_drops_what_forward_dropped():

@@ -1,14 +1,17 @@
 """The linear layer on the faster GEMM of a CPU, and what must still meet torch's own."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import randn
 from tolerance import assert_accurate, assert_bitwise
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from bertgpt.layers import Linear
-from bertgpt.portable.products import linear
+from bertgpt.ops._linear import linear
 
 LARGE = (16, 512, 300)  # above what is worth oneDNN's call
 
@@ -84,6 +87,61 @@ def test_gradients_are_onednns_and_accurate(frozen, onednn_calls):
         assert (mine[name] is None) == (name in frozen)
         if name not in frozen:
             assert_accurate(mine[name], oracle[name], baseline[name])
+
+
+@pytest.mark.parametrize("frozen", ["x", "w"])
+def test_what_no_gradient_reads_is_not_saved(frozen):
+    x, w, b = inputs(*LARGE)
+    given = {"x": x, "w": w, "b": b.requires_grad_()}
+    given["w" if frozen == "x" else "x"].requires_grad_()
+    y = linear(*given.values())
+    with torch.no_grad():
+        given["w" if frozen == "x" else "x"].add_(1)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("leading", [(), (2, 40)])
+def test_any_leading_dimensions_have_gradients(leading):
+    x, w, b = randn(*leading, 2048), *inputs(1, 2048, 1024)[1:]
+    ours, theirs = ((t.clone().requires_grad_() for t in (x, w, b)) for _ in range(2))
+    x, w, b = ours
+    (linear(x, w, b) * 2).sum().backward()
+    x_, w_, b_ = theirs
+    (F.linear(x_, w_, b_) * 2).sum().backward()
+    for mine, other in ((x, x_), (w, w_), (b, b_)):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_in_batches_and_their_derivatives_are_torchs():
+    x, w, b = (t.requires_grad_() for t in inputs(*LARGE))
+    pulls = randn(3, LARGE[0], LARGE[2], seed=3)
+
+    batches, slopes = [], []
+    for product in (linear, F.linear):
+        y = product(x, w, b)
+        batches.append(torch.autograd.grad(y, (x, w, b), pulls, is_grads_batched=True))
+        y = product(x, w, b)
+        pull = partial(torch.autograd.grad, y, x)
+        slopes.append(torch.func.jvp(lambda g, pull=pull: pull(g)[0], (pulls[0],), (pulls[1],))[1])
+    for mine, other in zip(*batches, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(*slopes)
+
+
+def test_checkpointing_beside_a_profiler():
+    x, w, b = (t.requires_grad_() for t in inputs(*LARGE))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        y = checkpoint(lambda x: linear(x, w, b).sin(), x, use_reentrant=False)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_flops_of_a_gradient_are_counted():
+    x, w, b = (t.requires_grad_() for t in inputs(*LARGE))
+    y = linear(x, w, b).sum()
+    with FlopCounterMode(display=False) as counted:
+        y.backward()
+    assert counted.get_total_flops() == 4 * LARGE[0] * LARGE[1] * LARGE[2]
 
 
 def test_a_second_derivative_is_torchs():

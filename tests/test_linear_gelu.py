@@ -143,6 +143,7 @@ def test_gradients(approximate, backend):
     assert torch.autograd.gradcheck(function, leaves)
     x, w, _ = leaves
     assert torch.autograd.gradcheck(lambda w: function(x.detach(), w, None), (w,))
+    assert torch.autograd.gradcheck(function, (leaves[0].detach()[0].requires_grad_(), *leaves[1:]))
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)

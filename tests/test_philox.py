@@ -8,7 +8,7 @@ from cases import ALL_DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertgpt.philox import dropout_rows
+from bertgpt.philox import dropout_rows, keep_rows
 from bertgpt.reference import philox
 
 MASK = 0xFFFFFFFF
@@ -148,3 +148,8 @@ def test_a_word_equal_to_the_threshold_is_kept():
     word = words(3, (0, 0, 0, 0))[2]
     assert bool(philox.keep_rows(3, 1, 3, word / 2**32)[0, 2])
     assert not bool(philox.keep_rows(3, 1, 3, (word + 1) / 2**32)[0, 2])
+
+
+def test_masks_compile_without_a_break():
+    compiled = torch.compile(lambda s: keep_rows(s, 3, 9, 0.5), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.tensor(3)), keep_rows(3, 3, 9, 0.5))

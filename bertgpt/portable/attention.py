@@ -18,13 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from bertgpt import reference
 from bertgpt.portable.attention_dropout import dropped_attention
 from bertgpt.portable.length_buckets import (
-    Bucket,
     by_length,
     plain_buckets,
     row_indices,
     take_rows,
     widened,
 )
+from bertgpt.portable.products import is_finite
 
 _LSE_SCORES = 2**20  # scores that the log-sum-exp pass holds at once: 4 MiB in float32
 
@@ -50,25 +50,27 @@ def attention(
     """What `bertgpt.ops.attention` computes; the arguments are described there."""
     rule = _Rule(causal, *(window or (-1, -1)), q.shape[-1] ** -0.5 if scale is None else scale)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    hides_nan = sdpa_would_hide_nan(q, k, v)
-    buckets: list[Bucket] | None = None
-    if dropout_p > 0.0 and not hides_nan:
+    finite = not sdpa_would_hide_nan(q, k, v)
+    out: Any = None
+    if dropout_p > 0.0 and seed is not None and finite:
         buckets = plain_buckets(
             q, k, mask=mask, key_lengths=key_lengths, causal=causal, window=window,
             scale=rule.scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             dropout_p=dropout_p,
         )  # fmt: skip
-    if buckets is not None and seed is not None:
-        out: Any = dropped_attention(
-            q, k, v, buckets, causal=causal, scale=rule.scale, dropout_p=dropout_p, seed=seed
-        )
-    elif dropout_p > 0.0 or hides_nan:
+        if buckets is not None:
+            out = dropped_attention(
+                q, k, v, buckets, causal=causal, scale=rule.scale, dropout_p=dropout_p, seed=seed
+            )
+            if not is_finite(out):  # scores have overflowed: they stay in their rows by definition
+                out = None
+    if out is None and dropout_p == 0.0 and finite:
+        out = _attend(q, k, v, rule, mask, key_lengths, cu_seqlens_q, cu_seqlens_k)
+    elif out is None:
         out = reference.attention(
             q, k, v, mask=mask, key_lengths=key_lengths, causal=causal, window=window, scale=scale,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-    else:
-        out = _attend(q, k, v, rule, mask, key_lengths, cu_seqlens_q, cu_seqlens_k)
     if not return_lse:
         return out
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor
 from bertgpt.portable.attention import sdpa_would_hide_nan
 from bertgpt.portable.attention_dropout import dropped_gradients, keep_scale
 from bertgpt.portable.length_buckets import heads_first, plain_buckets, row_indices
+from bertgpt.portable.products import is_finite
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -37,8 +38,8 @@ def attention_backward(
 ) -> dict[str, Tensor] | None:
     """Gradients of q, k and v; None where the forward pass takes another way than plain SDPA.
 
-    That is: another device, masks, key lengths, windows, NaN, a scale that is not positive, and
-    causality where there are not as many keys as queries.
+    That is: another device, masks, key lengths, windows, NaN, a scale that is not positive,
+    causality where there are not as many keys as queries, and scores that overflow under dropout.
     """
     buckets = plain_buckets(
         q, k, mask=mask, key_lengths=key_lengths, causal=causal, window=window, scale=scale,
@@ -67,4 +68,6 @@ def attention_backward(
                 part = part.unflatten(1, (-1, groups)).sum(2)
             part = part.transpose(1, 2).flatten(0, 1).to(into.dtype)
             into.index_copy_(0, row_indices(*place, into.device), part)
+    if dropout_p > 0.0 and not all(map(is_finite, made)):  # scores have overflowed
+        return None
     return {n: m.view(t.shape) for n, m, t in zip("qkv", made, (q, k, v), strict=True)}

@@ -1,7 +1,7 @@
 """Attention under dropout on a CPU, (softmax(scale · q kᵀ) · keep / (1 − p)) v, and its gradient.
 
 By the definition, since torch's fused kernels draw other bits; a few sequences of one length at a
-time, since several matrices of their weights are formed.
+time, since several matrices of their weights are formed. Scores that overflow give NaN.
 """
 
 from __future__ import annotations

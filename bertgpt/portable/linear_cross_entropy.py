@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
-
-from bertgpt.portable.products import linear, product
+from torch.nn import functional as F
 
 # A tile of scores: 8 MB in float32. Wide enough that the products run at a GEMM's rate, and with
 # the few copies of it that live at a time far below 64 MB.
@@ -31,7 +30,7 @@ def row_losses(
     scores_R = hidden.new_full(labels_R.shape, torch.nan, dtype=wide)
     for first, w_CE, b_C in _slabs(weight, bias, dtype):
         for rows in _spans(labels_R.shape[0]):
-            logits_RC = linear(hidden_RE[rows].to(dtype), w_CE, b_C).to(wide)
+            logits_RC = F.linear(hidden_RE[rows].to(dtype), w_CE, b_C).to(wide)
             lse_R[rows] = torch.logaddexp(lse_R[rows], logits_RC.logsumexp(-1))
             row, column = _hits(labels_R[rows], first, w_CE.shape[0])
             scores_R[rows][row] = logits_RC[row, column]
@@ -81,16 +80,16 @@ def row_losses_backward(
         for rows in _spans(labels_R.shape[0]):
             # softmax − one-hot, times the row's gradient
             x_RE = hidden_RE[rows].to(dtype)
-            delta_RC = linear(x_RE, w_CE, b_C).to(wide)
+            delta_RC = F.linear(x_RE, w_CE, b_C).to(wide)
             delta_RC.sub_(lse_R1[rows]).exp_()
             delta_RC[_hits(labels_R[rows], first, w_CE.shape[0])] -= 1.0
             delta_RC.mul_(grad_R1[rows])
             grad_b_C += delta_RC.sum(0)
             delta_RC = delta_RC.to(dtype)
             if "hidden" in wanted:
-                outputs["hidden"][rows] += product(delta_RC, w_CE)
+                outputs["hidden"][rows] += delta_RC @ w_CE
             if "weight" in wanted:
-                grad_w_CE += product(delta_RC.t(), x_RE)
+                grad_w_CE += delta_RC.t() @ x_RE
         for name, part in (("weight", grad_w_CE), ("bias", grad_b_C)):
             if name in outputs:
                 outputs[name][slab] = part.mul_(scale)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +20,9 @@ _MULTIPLICATIONS = 3 * 2**19  # below, oneDNN's longer way to its kernel costs m
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """The product x · wᵀ + b, for x [..., K], w [N, K] and b [N], all of one dtype."""
-    if not (_is_worth_onednn(x, w) and _takes_onednn(x, w, b)):
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
+    if recorded or not gains(x, w, b):
         return F.linear(x, w, b)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
-        return _Linear.apply(x, w, b)
-    return _by_onednn(x, w, b)
-
-
-def _by_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if x.shape[-1] <= _INNER:
         return _onednn(x, w, b)
     first, *others = zip(x.split(_PART, -1), w.split(_PART, -1), strict=True)
@@ -50,7 +44,7 @@ def linear_backward(
     grad: Tensor, x: Tensor, w: Tensor, wanted: Collection[str]
 ) -> dict[str, Tensor]:
     """Gradients of x · wᵀ + b in the dtypes of x and w, of those wanted among "x", "w" and "b"."""
-    rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+    rows, inputs = (torch.atleast_2d(t).flatten(0, -2) for t in (grad, x))
     made = {}
     if "x" in wanted:
         made["x"] = product(grad, w.to(grad.dtype))
@@ -61,25 +55,14 @@ def linear_backward(
     return made
 
 
-class _Linear(torch.autograd.Function):
-    """oneDNN's product with a gradient, of which torch has none; its own products give another."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return _by_onednn(x, w, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        names = [n for n, want in zip("xwb", ctx.needs_input_grad, strict=True) if want]
-        x, w = ctx.saved_tensors
-        made = linear_backward(grad, x, w, names)
-        return tuple(made.get(name) for name in "xwb")
-
-
 def is_finite(y: Tensor) -> bool:
     """By a sum, the cheapest way, in float32 where y is: to widen costs as much as a GELU."""
     return math.isfinite(y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32)))
+
+
+def gains(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
+    """Whether oneDNN can multiply these as they lie, and does so faster; it has no gradient."""
+    return _is_worth_onednn(x, w) and _takes_onednn(x, w, b)
 
 
 def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
@@ -91,7 +74,6 @@ def _is_worth_onednn(x: Tensor, w: Tensor) -> bool:
 
 
 def _takes_onednn(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
-    """Whether oneDNN can multiply these as they lie: float32 on a CPU."""
     if not _is_float32_on_cpu(x, w) or 0 in (*x.shape, *w.shape):
         return False
     if b is not None and b.dtype != torch.float32:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TABLES = (".csv", ".tsv", ".jsonl")
+_FAR = 100  # characters that an answer's place may be off: some files count bytes, or miscount
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,12 @@ def read_sentences(path: Path, *, tagged: bool = True) -> list[Sentence]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: an empty file, one that is not UTF-8, a line without a tag, or a tag that is
-            none of O, B-… and I-….
+        ValueError: an empty file, one that is not UTF-8, a table or JSON by its name, a line
+            without a tag, or a tag that is none of O, B-… and I-….
     """
+    if path.suffix.lower() in (".csv", ".json", ".jsonl"):  # whose lines would pass for words
+        _decode(path)  # a file that is absent is named first
+        raise ValueError(f"{path} must hold a word a line, its tag after it, and not {path.suffix}")
     sentences: list[Sentence] = []
     words: list[str] = []
     tags: list[str] = []
@@ -171,7 +175,7 @@ def read_sentences(path: Path, *, tagged: bool = True) -> list[Sentence]:
 def read_questions(path: Path, *, answered: bool = True) -> list[Question]:
     """Questions in the format of SQuAD v1.1.
 
-    Where `answer_start` is a little off, the answer's nearest occurrence is taken.
+    Where `answer_start` is up to 100 characters off, the answer's nearest occurrence is taken.
 
     Args:
         path: the JSON file.
@@ -180,7 +184,8 @@ def read_questions(path: Path, *, answered: bool = True) -> list[Question]:
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: an empty file, one that is not UTF-8 or not JSON, a key that is absent, an
-            answer that is not in its context, a question without an answer.
+            answer that is not in its context or not near its place, a question without an answer
+            or without words, an id that comes twice.
     """
     text = _decode(path)
     try:
@@ -189,6 +194,7 @@ def read_questions(path: Path, *, answered: bool = True) -> list[Question]:
         line = getattr(error, "lineno", 1)
         raise ValueError(f"{path}:{line}: not valid JSON ({error})") from None
     questions = []
+    places: dict[str, str] = {}
     for i, article in enumerate(_key(whole, "data", list, str(path))):
         place = f"{path}: data[{i}]"
         for j, paragraph in enumerate(_key(article, "paragraphs", list, place)):
@@ -196,12 +202,20 @@ def read_questions(path: Path, *, answered: bool = True) -> list[Question]:
             context = _key(paragraph, "context", str, where)
             title = str(article.get("title", i))
             for k, entry in enumerate(_key(paragraph, "qas", list, where)):
-                questions.append(_question(entry, context, title, f"{where}.qas[{k}]", answered))
+                question = _question(entry, context, title, f"{where}.qas[{k}]", answered)
+                first = places.setdefault(question.id, question.where)
+                if first != question.where:
+                    raise ValueError(
+                        f"{question.where}: the id {question.id!r} is taken, by {first}"
+                    )
+                questions.append(question)
     return _not_empty(questions, path, "question")
 
 
 def _question(entry: Any, context: str, title: str, where: str, answered: bool) -> Question:
     question = _key(entry, "question", str, where)
+    if not question.strip():
+        raise ValueError(f"{where}: 'question' is empty")
     name = str(entry.get("id", where))
     answers: list[tuple[str, int]] = []
     for i, answer in enumerate(_key(entry, "answers", list, where) if answered else ()):
@@ -211,7 +225,13 @@ def _question(entry: Any, context: str, title: str, where: str, answered: bool) 
         found = [m.start() for m in re.finditer(re.escape(text), context)] if text else []
         if not found:
             raise ValueError(f"{place}: the answer {text!r} is not in the context")
-        answers.append((text, min(found, key=lambda at: abs(at - start))))
+        nearest = min(found, key=lambda at: abs(at - start))
+        if abs(nearest - start) > _FAR:
+            raise ValueError(
+                f"{place}: 'answer_start' is {start}, but the nearest {text!r} begins at character "
+                f"{nearest} of the context"
+            )
+        answers.append((text, nearest))
     if answered and not answers:
         raise ValueError(f"{where}: no answer: questions that have none (SQuAD v2) are not done")
     return Question(name, question, context, tuple(answers), title, where)
