@@ -50,33 +50,38 @@ def attention(
     """What `bertgpt.ops.attention` computes; the arguments are described there."""
     rule = _Rule(causal, *(window or (-1, -1)), q.shape[-1] ** -0.5 if scale is None else scale)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    finite = not sdpa_would_hide_nan(q, k, v)
+    masks: dict[str, Any] = {
+        "mask": mask, "key_lengths": key_lengths, "causal": causal, "window": window,
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "dropout_p": dropout_p,
+    }  # fmt: skip
     out: Any = None
-    if dropout_p > 0.0 and seed is not None and finite:
-        buckets = plain_buckets(
-            q, k, mask=mask, key_lengths=key_lengths, causal=causal, window=window,
-            scale=rule.scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            dropout_p=dropout_p,
-        )  # fmt: skip
-        if buckets is not None:
-            out = dropped_attention(
-                q, k, v, buckets, causal=causal, scale=rule.scale, dropout_p=dropout_p, seed=seed
-            )
-            if not is_finite(out):  # scores have overflowed: they stay in their rows by definition
-                out = None
-    if out is None and dropout_p == 0.0 and finite:
-        out = _attend(q, k, v, rule, mask, key_lengths, cu_seqlens_q, cu_seqlens_k)
-    elif out is None:
-        out = reference.attention(
-            q, k, v, mask=mask, key_lengths=key_lengths, causal=causal, window=window, scale=scale,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, seed=seed,
-        )  # fmt: skip
+    if not sdpa_would_hide_nan(q, k, v):
+        if dropout_p == 0.0:
+            out = _attend(q, k, v, rule, mask, key_lengths, cu_seqlens_q, cu_seqlens_k)
+        elif seed is not None:
+            out = _dropped(q, k, v, rule.scale, seed, masks)
+    if out is None:
+        out = reference.attention(q, k, v, scale=scale, seed=seed, **masks)
     if not return_lse:
         return out
     with torch.no_grad():
         if cu_seqlens_q is None or cu_seqlens_k is None:
             return out, _lse(q, k, rule, mask=mask, lengths_k=key_lengths)
         return out, _lse_packed(q, k, rule, cu_seqlens_q, cu_seqlens_k)
+
+
+def _dropped(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seed: int | Tensor, masks: dict[str, Any]
+) -> Tensor | None:
+    """The output under dropout; None where the definition is called for, overflows among them."""
+    buckets = plain_buckets(q, k, scale=scale, **masks)
+    if buckets is None:
+        return None
+    causal, dropout_p = masks["causal"], masks["dropout_p"]
+    out = dropped_attention(
+        q, k, v, buckets, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed
+    )
+    return out if is_finite(out) else None
 
 
 def _attend(
