@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -315,3 +316,21 @@ def test_the_figures_in_the_docs_are_those_of_the_results_file(kind):
     for row, name in zip(rows, names, strict=True):
         assert f"| {found['settings']['max_steps']} |" in row
         assert row.endswith("| " + " | ".join(f"{side[name]:.3f}" for side in figures) + " |")
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_stock_reads_a_lone_tokenizer_as_it_is(tmp_path, kind):
+    """Words as they are written, parted by spaces: no rule of BERT's or GPT-2's."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<eos>"]
+    words = {word: i for i, word in enumerate([*marks, "Good", "bob", "good"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(marks)
+    tokenizer.save(str(tmp_path / "mine.json"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"model_type": kind}))
+    copy_tokenizer(tmp_path / "mine.json", tmp_path / "out")
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert stock("Good bob").input_ids == tokenizer.encode("Good bob").ids == [6, 7]
+    assert (stock.mask_token, stock.pad_token, stock.eos_token) == ("[MASK]", "[PAD]", "<eos>")
+    assert len(stock) == len(words)

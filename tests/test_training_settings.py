@@ -59,6 +59,7 @@ def test_the_rate_rises_and_falls_linearly(tmp_path):
         ({"max_steps": 0}, ValueError, "max_steps must be 1 or more, not 0"),
         ({"accumulation": 1.0}, TypeError, r"accumulation must be an integer, not 1\.0"),
         ({"seed": -1}, ValueError, "seed must be 0 or more, not -1"),
+        ({"seed": 2**63}, ValueError, r"seed must be below 2\^63, not 9223372036854775808"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive and finite"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be positive and finite"),
         ({"weight_decay": float("inf")}, ValueError, "weight_decay must be 0 or more and finite"),

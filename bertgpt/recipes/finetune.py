@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from bertgpt.auto import encoder_class
+from bertgpt.checkpoint import read_json
 from bertgpt.configuration import PretrainedConfig
 from bertgpt.recipes.classify import Classifier
 from bertgpt.recipes.datasets import read_questions, read_sentences, read_texts
@@ -25,7 +26,7 @@ from bertgpt.recipes.split import hold_out
 from bertgpt.recipes.tag import Tagger
 from bertgpt.recipes.task import Task
 from bertgpt.recipes.text import copy_tokenizer
-from bertgpt.text import load_tokenizer, read_settings
+from bertgpt.text import load_tokenizer
 
 FACTS = "finetuning.json"
 RECIPES: dict[str, type[Recipe]] = {
@@ -264,7 +265,7 @@ class Predictor:
             FileNotFoundError: a file is missing.
             ValueError: the folder was not made by `finetune`, or is broken.
         """
-        facts = read_settings(folder / FACTS)
+        facts = read_json(folder / FACTS, "`bertgpt finetune` writes it, fine-tune the model first")
         try:
             task, columns = facts["task"], Columns(**facts["columns"])
             kind, max_length, threshold = RECIPES[task], facts["max_length"], facts["threshold"]

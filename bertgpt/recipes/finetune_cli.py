@@ -120,9 +120,10 @@ def finetune(
     screen.print(_table(report, recipe.baseline_name))
     if threshold is not None and isinstance(recipe, Classifier):
         handed = recipe.hand_on(held, threshold)
+        right = f", {handed.accuracy:.1%} of them right" if handed.kept else ""
         screen.print(
-            f"At confidence {threshold} and more: {handed.kept} predictions, {handed.accuracy:.1%} "
-            f"of them right; {handed.handed_on} handed on"
+            f"At confidence {threshold} and more: {handed.kept} predictions{right}; "
+            f"{handed.handed_on} handed on"
         )
     screen.print(f"{output}: the model; `bertgpt predict {output} FILE` uses it")
 

@@ -57,6 +57,8 @@ class Settings:
             least = 0 if name == "seed" else 1
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, not {value}")
+            if value >= 2**63:
+                raise ValueError(f"{name} must be below 2^63, not {value}")
         for name in ("learning_rate", "warmup", "weight_decay", "clip_norm", "epochs"):
             value = getattr(self, name)
             if type(value) not in (int, float):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from bertgpt.text import load_tokenizer
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -17,6 +20,16 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+)
+# What marks of their own transformers' tokenizers have, and what they are called in a vocabulary.
+_ROLES = (
+    ("unk_token", ("[UNK]", "<unk>")),
+    ("cls_token", ("[CLS]",)),
+    ("sep_token", ("[SEP]",)),
+    ("pad_token", ("[PAD]", "<pad>")),
+    ("mask_token", ("[MASK]", "<mask>")),
+    ("bos_token", ("<|endoftext|>", "<s>")),
+    ("eos_token", ("<|endoftext|>", "</s>", "<eos>")),
 )
 
 
@@ -113,10 +126,21 @@ def hold_out(
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a tokenizer's files, from its folder or its one file, beside a model."""
+    """Copies a tokenizer's files, from its folder or its one file, beside a model.
+
+    A tokenizer.json alone gets settings that make transformers read it as it is: by the model's
+    kind it would put that kind's own rules and marks in the place of the file's.
+    """
     files = {name: source / name for name in _TOKENIZER_FILES}
     if not source.is_dir():  # as `text.load_tokenizer` tells them apart
         files = {"vocab.txt" if source.suffix == ".txt" else "tokenizer.json": source}
     for name, file in files.items():
         if file.is_file():
             shutil.copyfile(file, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() and not settings.is_file():
+        words = load_tokenizer(folder).get_vocab()
+        roles = {role: next((n for n in names if n in words), None) for role, names in _ROLES}
+        found = {role: name for role, name in roles.items() if name is not None}
+        text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **found}, indent=2)
+        settings.write_text(text + "\n", "utf-8")
