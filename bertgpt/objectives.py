@@ -72,7 +72,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tenso
         odd = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
         if odd.numel():
             raise IndexError(f"{name} holds {int(odd[0])}, outside 0 … {classes - 1} and not −100")
-    return _mean_loss(logits.float(), labels.long())
+    return _mean_loss(_widened(logits), labels.long())
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _mean_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -114,11 +119,13 @@ def classification_loss(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
             raise ValueError(
                 f"labels must have shape {list(logits.shape)}, not {list(labels.shape)}"
             )
-        return F.mse_loss(logits.squeeze().float(), labels.squeeze().float())
+        scores = _widened(logits)
+        return F.mse_loss(scores.squeeze(), labels.squeeze().to(scores.dtype))
     if problem == "single_label_classification":
         return cross_entropy(logits, labels)
     if problem == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        scores = _widened(logits)
+        return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
     raise ValueError(
         f"config.problem_type {problem!r} is unknown: use regression, single_label_classification "
         "or multi_label_classification"
@@ -141,7 +148,8 @@ def span_loss(
         TypeError: positions that are no integers.
         ValueError: not one position a sequence.
     """
-    scores = pad(logits.float(), batch, fill=torch.finfo(torch.float32).min)
+    logits = _widened(logits)
+    scores = pad(logits, batch, fill=torch.finfo(torch.float32).min)
     real = pad(torch.ones_like(logits[:, 0], dtype=torch.bool), batch)
     rows, length = real.shape
     losses = []

@@ -1,5 +1,7 @@
 """Every head's loss and gradients against stock transformers, and the loss without scores."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import (
@@ -15,7 +17,7 @@ from models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertgpt import bert, gpt, pack
-from bertgpt.objectives import classification_loss
+from bertgpt.objectives import classification_loss, span_loss
 
 SIDES = ("right", "left", "both", "holes")
 CLASSES = torch.tensor([0, 2, 1, 0])
@@ -88,6 +90,20 @@ def test_gpt_classifies_sequences(num_labels, problem, labels, side):
     model, stock = twins(gpt, name, GPT2, problem_type=problem, **options)
     assert_trains_alike(model, stock, inputs_of(side, labels=labels))
     assert model.config.problem_type == stock.config.problem_type is not None
+
+
+@pytest.mark.parametrize(("num_labels", "problem", "labels"), PROBLEMS)
+def test_a_float64_loss_is_computed_in_float64(num_labels, problem, labels):
+    scores = torch.randn(4, num_labels, dtype=torch.float64).requires_grad_()
+    config = SimpleNamespace(problem_type=problem, num_labels=num_labels)
+    assert torch.autograd.gradcheck(lambda s: classification_loss(config, s, labels), scores)
+
+
+def test_a_float64_span_loss_is_computed_in_float64():
+    batch = pack([[1] * 3, [1] * 5])
+    scores = torch.randn(8, 2, dtype=torch.float64).requires_grad_()
+    starts, ends = torch.tensor([0, 2]), torch.tensor([2, 4])
+    assert torch.autograd.gradcheck(lambda s: span_loss(s, starts, ends, batch), scores)
 
 
 def test_the_other_sequence_heads():
