@@ -69,3 +69,14 @@ def test_a_first_derivative_is_the_same_under_a_dispatch_mode(name, backend, mon
         (watched,) = torch.autograd.grad(CALLS[name](x).pow(2).sum(), x)
     assert watched.equal(plain)
     assert watched.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_functional_gradient_is_refused(name):
+    x = randn(3, 16)
+    loss = lambda x: CALLS[name](x).sum()  # noqa: E731
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=r"has no gradient inside torch\.func\.grad"):
+            transform(loss)(x)
+    (plain,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    assert plain.isfinite().all()

@@ -29,7 +29,12 @@ from bertgpt.ops._backends import (
 )
 from bertgpt.ops._checks import autocasting
 from bertgpt.ops._plans import Plans
-from bertgpt.ops._watched import refuse_tangents, tangents, watched
+from bertgpt.ops._watched import (
+    refuse_functional_gradients,
+    refuse_tangents,
+    tangents,
+    watched,
+)
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
 LIBRARY = torch.library.Library("bertgpt", "FRAGMENT")
@@ -105,7 +110,10 @@ class Op:
         """Runs what `check` returned: as the registered operator where something watches."""
         tensors = [call[name] for name in self.tensors]
         refuse_tangents(self.name, self.tensors, tensors)
-        if call.get("needs_grad") or watched(tensors):
+        if call.get("needs_grad"):
+            refuse_functional_gradients(self.name)
+            return self.overload(*(call[field] for field in self.fields))
+        if watched(tensors):
             return self.overload(*(call[field] for field in self.fields))
         return self._execute(call)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -82,3 +82,12 @@ def refuse_tangents(op: str, names: Sequence[str], tensors: Sequence[Tensor | No
                 f"{op} has no forward-mode derivative (jvp, dual tensors), which {name} asks for: "
                 "take reverse mode, backward() or torch.autograd.grad()"
             )
+
+
+def refuse_functional_gradients(op: str) -> None:
+    """Raises RuntimeError inside torch.func.grad and its like, which no rule here can serve."""
+    if any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ()):
+        raise RuntimeError(
+            f"{op} has no gradient inside torch.func.grad, vjp or jacrev: take backward() or "
+            "torch.autograd.grad()"
+        )
