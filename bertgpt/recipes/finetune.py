@@ -60,7 +60,7 @@ class Report:
         training: examples trained on.
         held_out: examples held out.
         baseline: figures of predictions that need no model, on those held out.
-        before: the model's figures on them with its new head, empty if the run was resumed.
+        before: the model's figures on them with its new head.
         after: its figures after training, empty until they are measured.
     """
 
@@ -157,7 +157,7 @@ def fit(
     items = recipe.encode(training)
     recipe.encode(held)  # a label that the model does not know is found before the work
     recipe.model.to(_device(settings))
-    before = {} if resume else recipe.evaluate(held)
+    before = recipe.evaluate(held)  # of a run that is resumed, too: its checkpoint is read later
     report = Report(len(training), len(held), recipe.baseline(training, held), before, {})
 
     def measure(model: Any) -> None:

@@ -162,7 +162,7 @@ def _table(report: Report, baseline: str) -> Table:
     for column in ("held out", "baseline", "before", "after"):
         table.add_column(column, justify="left" if column == "held out" else "right")
     for name, value in report.after.items():
-        before = f"{report.before[name]:.3f}" if report.before else "–"
-        table.add_row(name, f"{report.baseline[name]:.3f}", before, f"{value:.3f}")
+        figures = (report.baseline[name], report.before[name], value)
+        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
     table.caption = f"baseline: {baseline}"
     return table
