@@ -35,8 +35,8 @@ class Engine:
 
     Requests come at any time. Their texts share every step, and a text is what it would be alone:
     its draws depend on its own seed, and its scores on no other text, but for the last bits of
-    sums. When pages run out, the text
-    that is served last gives up its pages, and is read again later.
+    sums. When pages run out, the text that is served last gives up its pages, and is read again
+    later.
 
     Requests may be submitted and cancelled from any thread; steps run one at a time. A request that
     ends with an error, of its own or of the step that it was in, takes no other along.

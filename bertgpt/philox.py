@@ -46,7 +46,7 @@ def philox_words(
 def _words(
     seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, room: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same in `room`, int64 [6, *broadcast shape]: fresh memory would cost as much again."""
+    """The same in `room`, int64 [6, *broadcast shape]: fresh memory costs time of its own."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for turn in range(_ROUNDS):
         # int64 products wrap modulo 2^64, which keeps all 64 bits; c1 and c3 take a whole product,

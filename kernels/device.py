@@ -33,8 +33,7 @@ def multiprocessor_count() -> int:
     return _multiprocessors(driver.active, driver.active.get_current_device())
 
 
-# Asked once of each driver and device: a capability takes microseconds of each call, a property of
-# the device a millisecond.
+# Both are asked once of each driver and device: the second takes a millisecond.
 @cache
 def _capability(active: Any, device: int) -> int:
     return int(active.get_current_target().arch)

@@ -112,8 +112,7 @@ class Op:
         refuse_tangents(self.name, self.tensors, tensors)
         if call.get("needs_grad"):
             refuse_functional_gradients(self.name)
-            return self.overload(*(call[field] for field in self.fields))
-        if watched(tensors):
+        if call.get("needs_grad") or watched(tensors):
             return self.overload(*(call[field] for field in self.fields))
         return self._execute(call)
 

@@ -18,10 +18,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """`F.linear`, on the faster GEMM of a CPU where nothing watches the call."""
     if watched((x, w, b)) or tangents() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, w, b)
-    if not needs_grad(x, w, b):
+    if not needs_grad(x, w, b) or not products.gains(x, w, b):
         return products.linear(x, w, b)
-    if not products.gains(x, w, b):
-        return F.linear(x, w, b)
     y: Tensor = _Linear.apply(torch.atleast_2d(x).flatten(0, -2), w.t(), b)
     return y.view(*x.shape[:-1], w.shape[0])
 
